@@ -1,0 +1,65 @@
+# Each target first sets up what it needs in .venv, so that any of them works in a fresh checkout.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CODE := parallel_keras tests conftest.py setup.py
+
+# Nothing but parallel_keras/_compat.py may reach into Keras' or TensorFlow's private parts.
+# ruff's SLF001 reports private attributes of other objects; this finds what it does not look at.
+PRIVATE := (from|import) +(keras\.src|tensorflow\.python)|keras\.src|tensorflow\.python
+PRIVATE := $(PRIVATE)|__internal__|\.extended\._|super\(\)\._[a-z]
+PRIVATE := $(PRIVATE)|(get|set|has|del)attr\([^,()]+, *["']_[a-z]
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint types doctest docs private format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.extra-demo ## Train on digits on one device and on all; writes digits.keras, demo.png
+	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m parallel_keras demo
+
+test: $(VENV)/.extra-test ## Run the tests
+	$(BIN)/python -m pytest
+
+check: lint private types doctest docs ## Everything but the tests: style, types, examples, docs
+
+lint: $(VENV)/.extra-test ## Check format and style
+	$(BIN)/ruff format --check $(wildcard $(CODE))
+	$(BIN)/ruff check $(wildcard $(CODE))
+
+types: $(VENV)/.extra-test ## Check the types
+	$(BIN)/mypy parallel_keras
+
+doctest: $(VENV)/.extra-test ## Run the examples in the docstrings
+	$(BIN)/python -m pytest --doctest-modules parallel_keras
+
+docs: $(VENV)/.extra-docs ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+private: ## Look for uses of Keras' and TensorFlow's private parts
+	@! grep -rnE --include='*.py' --exclude=_compat.py '$(subst ','\'',$(PRIVATE))' parallel_keras \
+	  || { echo 'private: the lines above use private parts; only _compat.py may.' >&2; exit 1; }
+
+format: $(VENV)/.extra-test ## Rewrite the code in the house style
+	$(BIN)/ruff format $(wildcard $(CODE))
+	$(BIN)/ruff check --fix $(wildcard $(CODE))
+
+clean: ## Remove .venv and all that is built or cached
+	rm -rf $(VENV) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Some systems split ensurepip off from Python; there, the pip that is installed fills in.
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	  && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	touch $@
+
+# One install at a time, also under make -j: two pips in one environment break it.
+$(VENV)/.extra-%: setup.cfg setup.py $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+.NOTPARALLEL:

@@ -1,0 +1,22 @@
+"""Train a Keras model on all of your devices, with the same numbers as on one.
+
+The public names are `DataParallelModel`, `multi_gpu_model` and
+`virtual_devices`; everything else is an implementation detail.
+"""
+
+import keras
+
+__version__ = "0.1.0"
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "parallel_keras runs Keras models on TensorFlow devices, so it needs Keras' TensorFlow "
+        f"backend. Received: keras.backend.backend()={keras.backend.backend()!r}. Set the "
+        "environment variable KERAS_BACKEND=tensorflow before Keras is imported."
+    )
+
+from parallel_keras.devices import virtual_devices  # noqa: E402  (after the backend check)
+from parallel_keras.model import DataParallelModel  # noqa: E402
+from parallel_keras.multi_gpu import multi_gpu_model  # noqa: E402
+
+__all__ = ["DataParallelModel", "__version__", "multi_gpu_model", "virtual_devices"]

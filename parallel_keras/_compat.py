@@ -1,0 +1,133 @@
+"""The only file that touches anything private of Keras or TensorFlow.
+
+Every function says why there is no public way and what would let it go; each
+has a test in tests/test_compat.py that fails when the private thing changes.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src import backend as _backend
+
+
+def get_mask(tensor: Any) -> Any:
+    """The mask that a layer attached to a tensor, or `None`.
+
+    Keras carries masks in an attribute of the tensor and has no public reader.
+    A tower is a `tf.function`, which loses attributes, so masks are handed in
+    and out by value. Goes when `keras.ops` gets a mask accessor.
+    """
+    return getattr(tensor, "_keras_mask", None)
+
+
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Attaches a mask to a tensor; see `get_mask`."""
+    if mask is not None:
+        tensor._keras_mask = mask
+
+
+def in_stateless_scope() -> bool:
+    """Whether variables have stand-in values now (`keras.StatelessScope`).
+
+    A traced function would bake those values in as constants. Goes when the
+    scope can be queried publicly.
+    """
+    return _backend.in_stateless_scope()
+
+
+def compile_arguments(model: keras.Model) -> dict[str, Any]:
+    """What the user gave to `compile`, the very objects.
+
+    `get_compile_config()` is public but serialised: it would make copies of the
+    optimizer and the metrics. Goes when Keras hands out the arguments.
+    """
+    return dict(model._compile_config.config)
+
+
+def data_loss(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+    """The compiled losses alone, without `add_loss` terms and regularisers.
+
+    `compute_loss` is public but adds those, which a tower must weight otherwise.
+    Goes when Keras offers the two apart.
+    """
+    return model._compile_loss(y, y_pred, sample_weight)
+
+
+def loss_trackers(model: keras.Model) -> list[keras.metrics.Metric]:
+    """The means of the losses of single outputs, which the compiled loss updates.
+
+    `model.metrics` holds them too, but among others. Goes with `data_loss`.
+    """
+    return list(model._compile_loss.metrics)
+
+
+def update_metrics(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -> None:
+    """Updates the compiled metrics.
+
+    `compute_metrics` is public but also reads the results, which a tower must
+    not. Goes when Keras offers the two apart.
+    """
+    if model._compile_metrics is not None:
+        model._compile_metrics.update_state(y, y_pred, sample_weight)
+
+
+def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+    """The metrics given to `compile`, one by one; empty before they are built.
+
+    `model.metrics` holds them as one container. Goes when that is flat.
+    """
+    return [] if model._compile_metrics is None else list(model._compile_metrics.metrics)
+
+
+def is_dense(nest: Any) -> bool:
+    """Whether all tensors of a nest are dense, so that `build_losses_and_metrics` can be used."""
+    return not any(isinstance(x, (tf.SparseTensor, tf.RaggedTensor)) for x in tf.nest.flatten(nest))
+
+
+def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> None:
+    """Makes the variables of compiled losses and metrics, as Keras' JAX trainer does.
+
+    They are made at the first update, but a tower must not make variables.
+    Goes when `compile` builds them or Keras offers it.
+
+    Args:
+        model: The compiled model, whose `template` is built.
+        data: Inputs, targets and sample weights, dense.
+    """
+    metrics = model._compile_metrics
+    if model._compile_loss.built and (metrics is None or metrics.built):
+        return
+
+    def symbol(tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        return keras.KerasTensor(tuple(tensor.shape), dtype)
+
+    x, y, sample_weight = keras.tree.map_structure(symbol, data)
+    y_pred = _backend.compute_output_spec(model.template, x, training=False)
+    _backend.compute_output_spec(data_loss, model, y, y_pred, sample_weight)
+    if metrics is not None:
+        _backend.compute_output_spec(lambda *args: update_metrics(model, *args), y, y_pred, sample_weight)
+
+
+def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The model and every layer in it, each once.
+
+    `model.layers` is public but one level deep, and layers that are no models
+    have no public list of their children. Goes when they get one.
+    """
+    return model._flatten_layers()
+
+
+def move_variable(variable: keras.Variable, device: str) -> None:
+    """Moves a variable to another device, in place.
+
+    Keras has no public way to place or replace the tensor behind a variable.
+    Goes when `keras.Variable` gets a device.
+    """
+    with tf.init_scope(), tf.device(device):
+        variable._value = tf.Variable(
+            variable.numpy(), trainable=variable.trainable, dtype=variable.dtype, name=variable.name
+        )

@@ -1,0 +1,128 @@
+"""Answers as the template does: what people ask a model about itself."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import keras
+
+
+class TemplateAnswers:
+    """Mixin of `DataParallelModel` that hands questions on to `self.template`."""
+
+    template: keras.Model
+    devices: tuple[str, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        """The template's attribute or method of that name.
+
+        Only called for names that this model does not have itself. Private names
+        are not handed on: Keras asks for them to find out what an object is.
+
+        Args:
+            name: String.
+
+        Returns:
+            The template's attribute.
+
+        Raises:
+            AttributeError: If the template has none either.
+        """
+        template = self.__dict__.get("template")
+        if template is None or name.startswith("_") or not hasattr(template, name):
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}, "
+                f"and its template ({type(template).__name__}) has none either."
+            )
+        return getattr(template, name)
+
+    @property
+    def built(self) -> bool:
+        """Whether the template has its weights."""
+        template = self.__dict__.get("template")
+        return template is not None and template.built
+
+    @built.setter
+    def built(self, value: bool) -> None:
+        # Keras sets this on the wrapper whenever it was called; only the template knows.
+        del value
+
+    def build(self, input_shape: Any = None) -> None:
+        """Makes the template's weights.
+
+        Args:
+            input_shape: Shape of the inputs, as in `keras.Model.build`.
+        """
+        if input_shape is not None and not self.template.built:
+            self.template.build(input_shape)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the template's weights may be trained."""
+        template = self.__dict__.get("template")
+        return self.__dict__.get("_trainable", True) if template is None else template.trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self.template.trainable = value
+
+    @property
+    def layers(self) -> list[keras.layers.Layer]:
+        """The template's layers."""
+        return self.template.layers
+
+    def get_layer(self, name: str | None = None, index: int | None = None) -> Any:
+        """The template's layer of that name or index.
+
+        Args:
+            name: String, name of the layer.
+            index: Int, index of the layer.
+
+        Returns:
+            The layer.
+        """
+        return self.template.get_layer(name=name, index=index)
+
+    def summary(self, *args: Any, **kwargs: Any) -> None:
+        """Prints one line on the devices, then the template's own table.
+
+        Args:
+            *args: As in `keras.Model.summary`.
+            **kwargs: As in `keras.Model.summary`.
+        """
+        show = kwargs.get("print_fn") or print
+        towers = "1 tower" if len(self.devices) == 1 else f"{len(self.devices)} towers"
+        show(f"Data parallel on {towers}: {', '.join(self.devices)}")
+        self.template.summary(*args, **kwargs)
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        """Shapes and dtypes of the outputs: the template's, found without running towers.
+
+        Args:
+            *args: As in `call`.
+            **kwargs: As in `call`.
+
+        Returns:
+            A nest of `keras.KerasTensor`.
+        """
+        accepted = inspect.signature(self.template.call).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        known = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in ("training", "mask") or name in accepted or takes_any
+        }
+        return self.template.compute_output_spec(*args, **known)
+
+    def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """Shapes of the outputs: the template's.
+
+        Args:
+            *args: As in the template.
+            **kwargs: As in the template.
+
+        Returns:
+            A shape, or a nest of them.
+        """
+        return self.template.compute_output_shape(*args, **kwargs)

@@ -1,0 +1,139 @@
+"""Refuses what would not give the numbers of one device, before anything runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from parallel_keras import _compat, losses
+
+LOSS_ON = ("auto", "merged", "towers")
+RULES = ("mean", "pad", "sum", "whole")
+
+
+def check_arguments(template: Any, loss_on: Any, strategy: Any, rules: Any) -> None:
+    """Checks the arguments of `DataParallelModel` that stand by themselves.
+
+    Args:
+        template: Must be a `keras.Model`.
+        loss_on: Must be one of `LOSS_ON`.
+        strategy: Must be `None`.
+        rules: Must be `None` or a mapping from names to `RULES`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If it has a value that is not known.
+    """
+    if not isinstance(template, keras.Model):
+        hint = (
+            " A class was given: create the model first."
+            if isinstance(template, type)
+            else " Models of tf_keras (Keras 2) must be rebuilt with Keras 3."
+        )
+        raise TypeError(
+            "Expected `template` to be a keras.Model. "
+            f"Received: template={template!r} (of type {type(template).__name__}).{hint}"
+        )
+    if loss_on not in LOSS_ON:
+        raise ValueError(
+            f"Expected `loss_on` to be one of {LOSS_ON}. Received: loss_on={loss_on!r}. "
+            'Leave it out for "auto", which is right for every loss.'
+        )
+    if strategy is not None:
+        raise ValueError(
+            "Expected `strategy` to be None: several machines are not supported yet. "
+            f"Received: strategy={strategy!r}. Leave it out to use the devices of this machine."
+        )
+    if not isinstance(rules, (Mapping, type(None))):
+        raise TypeError(
+            f"Expected `rules` to be a dict from names to one of {RULES}. "
+            f"Received: rules={rules!r} (of type {type(rules).__name__})."
+        )
+    for name, rule in (rules or {}).items():
+        if rule not in RULES:
+            raise ValueError(
+                f"Expected every rule to be one of {RULES}. Received: rules={{{name!r}: {rule!r}}}."
+            )
+
+
+def check_template(template: keras.Model, towers: int) -> None:
+    """Refuses templates whose numbers depend on the batch not being cut.
+
+    Args:
+        template: The model.
+        towers: Int, the number of towers; one tower can run anything.
+
+    Raises:
+        ValueError: Naming the layer that keeps state by row, or the input with a
+            fixed batch size.
+    """
+    if towers == 1:
+        return
+    for layer in _compat.all_layers(template):
+        if getattr(layer, "stateful", False):
+            raise ValueError(
+                f"Layer {layer.name!r} is stateful: it keeps a state for each row from batch to "
+                f"batch, which cannot be cut among {towers} devices. Received: stateful=True. "
+                "Build it with stateful=False, or use one device: devices=1."
+            )
+    for tensor in getattr(template, "inputs", None) or []:
+        if tensor.shape and tensor.shape[0] is not None:
+            raise ValueError(
+                f"Input {tensor.name!r} has a fixed batch size, but each of {towers} devices gets "
+                f"only a part of the batch. Received: shape={tuple(tensor.shape)}. "
+                "Build the input without batch_size, or use one device: devices=1."
+            )
+
+
+def check_compile(template: keras.Model, *, jit: bool) -> None:
+    """Refuses to compile with XLA what XLA cannot do.
+
+    Args:
+        template: The compiled model.
+        jit: Bool, whether towers are to be compiled with XLA.
+
+    Raises:
+        ValueError: Naming the layer that reduces over the towers.
+    """
+    if not jit:
+        return
+    for layer in _compat.all_layers(template):
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.synchronized:
+            raise ValueError(
+                f"Layer {layer.name!r} is synchronized: it adds up over the devices in the middle "
+                "of a tower, which XLA cannot compile. Received: jit_compile=True. "
+                "Compile with jit_compile=False."
+            )
+
+
+def check_towers_loss(decision: losses.Decision) -> None:
+    """Refuses `loss_on="towers"` where it would be another number.
+
+    Args:
+        decision: What is known of the compiled losses.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    if decision.reduction is None:
+        raise ValueError(
+            "The loss of the batch is not the sum of the losses of its parts: "
+            f'{decision.reason}. Received: loss_on="towers". Use loss_on="auto".'
+        )
+
+
+def check_may_merge(loss_on: str, cause: Exception) -> None:
+    """Refuses to merge the outputs where the user asked not to.
+
+    Args:
+        loss_on: What the user asked for.
+        cause: What the towers found.
+
+    Raises:
+        ValueError: If `loss_on` is `"towers"`.
+    """
+    if loss_on == "towers":
+        raise ValueError(
+            "The loss of the batch is not the sum of the losses of its parts: an output has a "
+            f'mask, or no axis besides rows. Received: loss_on="towers". Use loss_on="auto".'
+        ) from cause

@@ -1,0 +1,178 @@
+"""Which losses and metrics are the same number when each tower computes its part."""
+
+from typing import Any
+
+import keras
+
+_ROW_WISE_LOSSES = (
+    "BinaryCrossentropy",
+    "BinaryFocalCrossentropy",
+    "CTC",
+    "CategoricalCrossentropy",
+    "CategoricalFocalCrossentropy",
+    "CategoricalHinge",
+    "CosineSimilarity",
+    "Hinge",
+    "Huber",
+    "KLDivergence",
+    "LogCosh",
+    "MeanAbsoluteError",
+    "MeanAbsolutePercentageError",
+    "MeanSquaredError",
+    "MeanSquaredLogarithmicError",
+    "Poisson",
+    "SparseCategoricalCrossentropy",
+    "SquaredHinge",
+)
+_ROW_WISE_FUNCTIONS = (
+    "binary_crossentropy",
+    "binary_focal_crossentropy",
+    "categorical_crossentropy",
+    "categorical_focal_crossentropy",
+    "categorical_hinge",
+    "cosine_similarity",
+    "ctc",
+    "hinge",
+    "huber",
+    "kl_divergence",
+    "log_cosh",
+    "mean_absolute_error",
+    "mean_absolute_percentage_error",
+    "mean_squared_error",
+    "mean_squared_logarithmic_error",
+    "poisson",
+    "sparse_categorical_crossentropy",
+    "squared_hinge",
+)
+_ADDITIVE_METRICS = (
+    "AUC",
+    "Accuracy",
+    "BinaryAccuracy",
+    "BinaryCrossentropy",
+    "BinaryIoU",
+    "CategoricalAccuracy",
+    "CategoricalCrossentropy",
+    "CategoricalHinge",
+    "F1Score",
+    "FBetaScore",
+    "FalseNegatives",
+    "FalsePositives",
+    "Hinge",
+    "IoU",
+    "KLDivergence",
+    "LogCoshError",
+    "MeanAbsoluteError",
+    "MeanAbsolutePercentageError",
+    "MeanIoU",
+    "MeanSquaredError",
+    "MeanSquaredLogarithmicError",
+    "OneHotIoU",
+    "OneHotMeanIoU",
+    "Poisson",
+    "Precision",
+    "PrecisionAtRecall",
+    "Recall",
+    "RecallAtPrecision",
+    "SensitivityAtSpecificity",
+    "SparseCategoricalAccuracy",
+    "SparseCategoricalCrossentropy",
+    "SparseTopKCategoricalAccuracy",
+    "SpecificityAtSensitivity",
+    "SquaredHinge",
+    "TopKCategoricalAccuracy",
+    "TrueNegatives",
+    "TruePositives",
+)
+_MEANS = ("sum_over_batch_size", "mean")
+_SHAPE_RESOLVED = ("crossentropy", "ce")
+
+
+class Decision:
+    """Whether towers may compute a loss, and if not, why.
+
+    Attributes:
+        reduction: `"mean"` or `"sum"`, how the parts of the towers add up;
+            `None` if they do not.
+        reason: String, why not.
+        proven: Bool, whether it is known that no loss looks beyond one row.
+    """
+
+    def __init__(self, reduction: str | None, reason: str = "", *, proven: bool = True) -> None:
+        self.reduction = reduction
+        self.reason = reason
+        self.proven = proven
+
+
+def decide(loss: Any) -> Decision:
+    """Whether the loss of a batch is the (weighted) sum of the losses of its rows.
+
+    Args:
+        loss: What was given to `compile`: a name, function or `keras.losses.Loss`,
+            or a nest of those.
+
+    Returns:
+        The `Decision`.
+
+    Example:
+
+    >>> from parallel_keras import losses
+    >>> losses.decide("mse").reduction
+    'mean'
+    >>> losses.decide(keras.losses.Dice()).reason
+    'Dice looks at several rows at once'
+    """
+    leaves = [leaf for leaf in keras.tree.flatten(loss) if leaf is not None]
+    if not leaves:
+        return Decision(None, "there is no compiled loss")
+    decisions = [_decide_one(leaf) for leaf in leaves]
+    for decision in decisions:
+        if decision.reduction is None:
+            return decision
+    if len({decision.reduction for decision in decisions}) > 1:
+        return Decision(None, "some losses are means and some are sums")
+    unproven = [decision for decision in decisions if not decision.proven]
+    return unproven[0] if unproven else decisions[0]
+
+
+def is_additive(metric: keras.metrics.Metric) -> bool:
+    """Whether a metric's state grows by the same amount however the rows are grouped.
+
+    Args:
+        metric: A built metric.
+
+    Returns:
+        `True` only for Keras' own classes of which that is known.
+    """
+    return type(metric) in {getattr(keras.metrics, name, None) for name in _ADDITIVE_METRICS} and (
+        getattr(metric, "axis", -1) == -1
+    )
+
+
+def _decide_one(loss: Any) -> Decision:
+    if isinstance(loss, str):
+        if loss in _SHAPE_RESOLVED:
+            return Decision("mean")
+        loss = keras.losses.get(loss)
+    name = getattr(loss, "__name__", None) or type(loss).__name__
+    if not isinstance(loss, keras.losses.Loss):
+        if loss in [getattr(keras.losses, known, None) for known in _ROW_WISE_FUNCTIONS]:
+            return Decision("mean")
+        if loss in [keras.losses.get(known) for known in ("dice", "tversky", "circle")]:
+            return Decision(None, f"{name} looks at several rows at once")
+        return Decision("mean", f"{name} is not known to look at one row at a time", proven=False)
+    if loss.reduction == "mean_with_sample_weight":
+        return Decision(None, f"{name} divides by the sum of the sample weights")
+    if loss.reduction not in (*_MEANS, "sum"):
+        return Decision(None, f"{name} is not reduced to a number")
+    reduction = "sum" if loss.reduction == "sum" else "mean"
+    if type(loss) in (keras.losses.Dice, keras.losses.Tversky, keras.losses.Circle):
+        return Decision(None, f"{name} looks at several rows at once")
+    if type(loss) not in [getattr(keras.losses, known, None) for known in _ROW_WISE_LOSSES]:
+        why = f"{name} is not known to look at one row at a time"
+        return Decision(reduction, why, proven=False)
+    config = loss.get_config()
+    if config.get("ignore_class") is not None:
+        return Decision(None, f"{name} divides by the number of rows that it does not ignore")
+    if config.get("axis", -1) != -1:
+        return Decision(None, f"{name} reduces over axis {config['axis']}")
+    return Decision(reduction)

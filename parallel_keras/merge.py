@@ -1,0 +1,263 @@
+"""From what the towers returned to one result. Pure: knows nothing of models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from parallel_keras.shard import Rows, Shards
+
+
+def outputs(parts: Sequence[Any], shards: Shards, rules: Mapping[str, str] | None = None) -> Any:
+    """Joins the outputs of the towers, rows in order: the inverse of `shard`.
+
+    | leaf                         | merged as                                     |
+    |------------------------------|-----------------------------------------------|
+    | dense, ragged, sparse, string | concatenated by rows                         |
+    | rank 0                       | mean weighted by rows, or as `rules` says     |
+    | `None`, Python values        | the first tower's                             |
+
+    Args:
+        parts: Sequence of nests, one for each tower, all of one structure.
+        shards: The `Shards` that the towers were given.
+        rules: Mapping from the name of an output (the last key of its path) to
+            `"pad"` (fill the parts up with zeros to the largest size),
+            `"whole"` (the same on every tower: take the first), `"mean"` or
+            `"sum"` (rank 0 only). Defaults to none.
+
+    Returns:
+        A nest of the structure of one part.
+
+    Raises:
+        ValueError: If parts differ in a size other than rows, or an output has
+            a first axis that is not the batch.
+
+    Example:
+
+    >>> from parallel_keras import merge, shard
+    >>> shards = shard.shard(np.arange(5), 2)
+    >>> merge.outputs(shards.parts, shards).numpy().tolist()
+    [0, 1, 2, 3, 4]
+    """
+    if len(parts) == 1:
+        return parts[0]
+    paths = [path for path, _ in keras.tree.flatten_with_path(parts[0])]
+    columns = zip(*[keras.tree.flatten(part) for part in parts], strict=True)
+    merged = [
+        _join(list(column), shards, _name(path), (rules or {}).get(_last(path)))
+        for path, column in zip(paths, columns, strict=True)
+    ]
+    return keras.tree.pack_sequence_as(parts[0], merged)
+
+
+def mean(values: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Mean of one value from each tower, weighted by their shares of the batch.
+
+    Args:
+        values: Sequence of tensors of one shape.
+        shares: Sequence of float32 tensors of shape `()` that add up to 1.
+
+    Returns:
+        A tensor of the shape and dtype of the values. It is computed in at
+        least float32, so that half precision loses nothing by it.
+    """
+    if len(values) == 1:
+        return values[0]
+    dtype = values[0].dtype
+    wide = dtype if dtype in (tf.float64, tf.complex64, tf.complex128) else tf.float32
+    terms = [
+        tf.math.multiply_no_nan(tf.cast(value, wide), tf.cast(share, wide))
+        for value, share in zip(values, shares, strict=True)
+    ]
+    merged = tf.add_n(terms)
+    return tf.cast(merged if dtype.is_floating or dtype.is_complex else tf.round(merged), dtype)
+
+
+def live_sum(values: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Sum of one value from each tower that has a share of the batch.
+
+    Args:
+        values: Sequence of tensors of one shape.
+        shares: Their shares of the batch.
+
+    Returns:
+        A tensor like one value.
+    """
+    if len(values) == 1:
+        return values[0]
+    pairs = zip(values, shares, strict=True)
+    return tf.add_n([tf.where(share > 0, value, tf.zeros_like(value)) for value, share in pairs])
+
+
+def total(values: Sequence[Any]) -> Any:
+    """Sum of one gradient from each tower.
+
+    Sparse gradients (`tf.IndexedSlices`, from embeddings) stay sparse: their
+    rows are put one after the other, which the optimizer adds up.
+
+    Args:
+        values: Sequence of tensors, `tf.IndexedSlices` or `None` for towers
+            that the weight does not reach.
+
+    Returns:
+        A tensor, a `tf.IndexedSlices`, or `None` if all values are.
+    """
+    present = [value for value in values if value is not None]
+    if len(present) < 2:  # noqa: PLR2004 (nothing to add)
+        return present[0] if present else None
+    if all(isinstance(value, tf.IndexedSlices) for value in present):
+        return tf.IndexedSlices(
+            tf.concat([value.values for value in present], axis=0),
+            tf.concat([value.indices for value in present], axis=0),
+            present[0].dense_shape,
+        )
+    return tf.add_n([tf.convert_to_tensor(value) for value in present])
+
+
+def increments(
+    old: tf.Tensor, new: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]
+) -> tf.Tensor:
+    """Adds up what each tower added: for counters of rows and metric state.
+
+    Args:
+        old: The value that every tower started from.
+        new: Sequence of the values that the towers ended with.
+        shares: Their shares of the batch; a tower with share 0 adds nothing.
+
+    Returns:
+        A tensor like `old`.
+
+    Example: two towers that saw 3 and 2 rows on top of 10.
+
+    >>> from parallel_keras import merge
+    >>> int(merge.increments(tf.constant(10), [tf.constant(13), tf.constant(12)], [0.6, 0.4]))
+    15
+    """
+    if len(new) == 1:
+        return new[0]
+    if old.dtype == tf.bool:
+        return tf.reduce_any([value & (share > 0) for value, share in zip(new, shares, strict=True)], axis=0)
+    return old + live_sum([value - old for value in new], shares)
+
+
+def moving_moments(
+    means: Sequence[Sequence[tf.Tensor]],
+    variances: Sequence[tf.Tensor],
+    shares: Sequence[tf.Tensor],
+    momentum: float,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Moving statistics of the whole batch from those of its shards.
+
+    Each tower moved its statistics towards the mean and variance of its own
+    shard. The variance of the whole batch is the mean of the shards' variances
+    plus the variance of their means (law of total variance). An update shrinks
+    the distance of two means by `1 - momentum`, and later updates (of a layer
+    that is called several times in one step) shrink it by `momentum` each.
+
+    Args:
+        means: For each tower the sequence that its moving mean went through, the
+            value before the step first; tensors of shape `(channels,)`.
+        variances: The moving variance that each tower ended with, `(channels,)`.
+        shares: Their shares of the batch.
+        momentum: Float, the layer's momentum.
+
+    Returns:
+        The moving mean and the moving variance as the same updates on the whole
+        batch would have left them.
+    """
+    history = [mean(values, shares) for values in zip(*means, strict=True)]
+    variance = mean(variances, shares)
+    if len(means) == 1 or momentum == 1:
+        return history[-1], variance
+    for update in range(1, len(history)):
+        steps = [
+            (values[update] - history[update])
+            - momentum * (values[update - 1] - history[update - 1])
+            for values in means
+        ]
+        spread = mean([tf.square(step) for step in steps], shares)
+        variance += momentum ** (len(history) - 1 - update) * spread / (1 - momentum)
+    return history[-1], variance
+
+
+def _join(column: list[Any], shards: Shards, name: str, rule: str | None) -> Any:
+    first = column[0]
+    if not tf.is_tensor(first) or rule == "whole":
+        return first
+    if first.shape.rank == 0:
+        return _join_scalars(column, shards, rule)
+    if isinstance(first, tf.SparseTensor):
+        return tf.sparse.concat(0, [_drop_stand_in(v, r) for v, r in _rows(column, shards)])
+    if isinstance(first, tf.RaggedTensor):
+        return tf.concat([_drop_stand_in(v, r) for v, r in _rows(column, shards)], axis=0)
+    if rule == "pad":
+        column = _pad(column)
+    else:
+        _check_sizes(column, shards, name)
+    return tf.concat([_drop_stand_in(v, r) for v, r in _rows(column, shards)], axis=0)
+
+
+def _join_scalars(column: list[tf.Tensor], shards: Shards, rule: str | None) -> tf.Tensor:
+    return (live_sum if rule == "sum" else mean)(column, shards.shares())
+
+
+def _rows(column: Sequence[Any], shards: Shards) -> list[tuple[Any, Rows]]:
+    return list(zip(column, shards.rows, strict=True))
+
+
+def _drop_stand_in(value: Any, rows: Rows) -> Any:
+    """Takes away what came from a row that only stood in for none."""
+    if isinstance(rows, int):
+        return value
+    if isinstance(value, tf.SparseTensor):
+        size = tf.where(rows > 0, value.dense_shape[0], tf.zeros([], tf.int64))
+        extent = tf.concat([[size], value.dense_shape[1:]], axis=0)
+        kept = tf.sparse.slice(value, tf.zeros_like(extent), extent)
+        kept.set_shape([None, *value.shape[1:]])
+        return kept
+    length = value.nrows() if isinstance(value, tf.RaggedTensor) else tf.shape(value)[0]
+    return value[: tf.where(rows > 0, length, tf.zeros_like(length))]
+
+
+def _pad(column: list[tf.Tensor]) -> list[tf.Tensor]:
+    shapes = [tf.shape(value) for value in column]
+    largest = tf.reduce_max(tf.stack(shapes), axis=0)
+    grow = [tf.concat([[0], (largest - shape)[1:]], axis=0) for shape in shapes]
+    return [
+        tf.pad(value, tf.stack([tf.zeros_like(by), by], axis=1))
+        for value, by in zip(column, grow, strict=True)
+    ]
+
+
+def _check_sizes(column: list[tf.Tensor], shards: Shards, name: str) -> None:
+    """Fails with the output's name where a concatenation would be wrong or fail without it."""
+    shapes = [value.shape for value in column]
+    for shape, rows in zip(shapes, shards.rows, strict=True):
+        length = shape[0] if shape.rank else None
+        if length is not None and (not isinstance(rows, int) or length % rows):
+            raise ValueError(
+                f"Expected the first axis of {name} to be the batch. Received: shape={shape} from "
+                f"a tower with {rows if isinstance(rows, int) else 'a varying number of'} rows. "
+                'If it is the same for every row, declare it: rules={"output name": "whole"}.'
+            )
+    inner = [shape[1:] for shape in shapes]
+    mismatch = "Expected {} to have the same size on every tower, but for rows. Received: shapes={}. "
+    remedy = 'Declare how to join it: DataParallelModel(..., rules={"output name": "pad"}).'
+    if not all(shape.is_compatible_with(inner[0]) for shape in inner):
+        raise ValueError(mismatch.format(name, [tuple(shape) for shape in shapes]) + remedy)
+    if not all(shape.is_fully_defined() for shape in inner):
+        sizes = tf.stack([tf.shape(value)[1:] for value in column])
+        tf.debugging.assert_equal(
+            sizes,
+            tf.broadcast_to(sizes[:1], tf.shape(sizes)),
+            message=mismatch.format(name, "below, a line for each tower") + remedy,
+        )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return f"output {'/'.join(str(key) for key in path)!r}" if path else "the output"
+
+
+def _last(path: tuple[Any, ...]) -> str:
+    return str(path[-1]) if path else "output"

@@ -1,0 +1,135 @@
+"""Which variable of a model is merged by which rule."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from parallel_keras import _compat, merge
+
+Updates = dict[int, list[tf.Tensor]]
+
+
+def is_seed(variable: keras.Variable) -> bool:
+    """Whether a variable is the state of a `keras.random.SeedGenerator`."""
+    return variable.name == "seed_generator_state" and tuple(variable.shape) == (2,)
+
+
+def tower_seed(seed: tf.Tensor, tower: tf.Tensor) -> tf.Tensor:
+    """The state that a tower draws from, derived from the generator's.
+
+    The first tower keeps the state itself, so that one tower draws what the
+    bare model draws and the state after the step is the one it would have.
+
+    Args:
+        seed: Integer tensor of shape `(2,)`.
+        tower: Integer tensor of shape `()`, the number of the tower.
+
+    Returns:
+        A tensor like `seed`.
+    """
+    own = tf.random.experimental.stateless_fold_in(tf.cast(seed, tf.int64), tower)
+    return tf.where(tf.equal(tower, 0), seed, tf.cast(own, seed.dtype))
+
+
+class StateRules:
+    """How the updates that the towers made to variables become one.
+
+    | variable                                  | rule                                       |
+    |-------------------------------------------|--------------------------------------------|
+    | seed state; anything that did not depend on the shard | the first tower's              |
+    | metric state; `aggregation="sum"`         | what each tower added, added up            |
+    | `keras.metrics.Mean` fed with scalars     | mean weighted by rows, counted once        |
+    | `aggregation="only_first_replica"`        | the first tower's                          |
+    | BatchNormalization's moving statistics    | those of the whole batch                   |
+    | other floats                              | mean weighted by rows                      |
+    | other integers and booleans               | what each tower added, added up            |
+
+    Args:
+        template: The model whose variables are meant.
+    """
+
+    def __init__(self, template: keras.Model) -> None:
+        layers = _compat.all_layers(template)
+        self._normalizations = [
+            layer
+            for layer in layers
+            if isinstance(layer, keras.layers.BatchNormalization) and layer.built
+        ]
+        metrics = [metric for layer in layers for metric in layer.metrics]
+        self._metric_variables = {id(v) for metric in metrics for v in metric.variables}
+        self._means = [metric for metric in metrics if isinstance(metric, keras.metrics.Mean)]
+        self.synchronized = any(
+            getattr(layer, "synchronized", False) for layer in self._normalizations
+        )
+        # Counters of rows look like plain constants where the batch size is known while tracing.
+        self.counts_rows = bool(self._metric_variables) or any(
+            not is_seed(variable) and not keras.backend.is_float_dtype(variable.dtype)
+            for variable in template.variables
+        )
+
+    def merge(
+        self,
+        variables: Sequence[keras.Variable],
+        before: Sequence[Any],
+        towers: Sequence[Updates],
+        constant: Updates,
+        shares: Sequence[tf.Tensor],
+    ) -> dict[int, tf.Tensor]:
+        """Merges the updates.
+
+        Args:
+            variables: The variables, by index.
+            before: Their values before the step, by index.
+            towers: For each tower, the values that it assigned, by the index of
+                the variable, in order.
+            constant: The first tower's updates that do not depend on the shard.
+            shares: The towers' shares of the batch.
+
+        Returns:
+            The new value by the index of the variable.
+        """
+        index_of = {id(variable): index for index, variable in enumerate(variables)}
+        merged = {index: values[-1] for index, values in constant.items()}
+        varying = towers[0].keys()
+        for layer in self._normalizations:
+            mean, variance = index_of[id(layer.moving_mean)], index_of[id(layer.moving_variance)]
+            if mean in varying and variance in varying:
+                merged[mean], merged[variance] = merge.moving_moments(
+                    [[before[mean], *updates[mean]] for updates in towers],
+                    [updates[variance][-1] for updates in towers],
+                    shares,
+                    layer.momentum,
+                )
+        scalar_fed = {
+            id(metric.total) for metric in self._means if index_of.get(id(metric.count)) in constant
+        }
+        for index in varying - merged.keys():
+            variable = variables[index]
+            values = [updates[index][-1] for updates in towers]
+            if id(variable) in scalar_fed:
+                merged[index] = merge.mean(values, shares)
+            else:
+                merged[index] = self._by_kind(variable, before[index], values, shares)
+        return merged
+
+    def _by_kind(
+        self,
+        variable: keras.Variable,
+        before: tf.Tensor,
+        values: list[tf.Tensor],
+        shares: Sequence[tf.Tensor],
+    ) -> tf.Tensor:
+        if is_seed(variable) or variable.aggregation == "only_first_replica":
+            return values[0]
+        if id(variable) in self._metric_variables or variable.aggregation == "sum":
+            return merge.increments(before, values, shares)
+        if values[0].dtype.is_floating or values[0].dtype.is_complex:
+            return merge.mean(values, shares)
+        if tf.executing_eagerly():
+            # Without a graph nothing tells a counter of steps from one of rows.
+            same = tf.reduce_all(tf.equal(tf.stack(values), values[0]))
+            return tf.where(same, values[0], merge.increments(before, values, shares))
+        return merge.increments(before, values, shares)
+

@@ -1,0 +1,357 @@
+"""The pure tower function: traced once, run on each device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from parallel_keras import _compat, merge
+from parallel_keras.scope import Peers, TowerContext, TowerScope, depends_on, peer_keys
+from parallel_keras.shard import Shards, shard
+from parallel_keras.state import StateRules, Updates
+
+
+# One call of the template: its "args", its "kwargs", and the "masks" of its args.
+Call = dict[str, Any]
+Watch = Callable[[list[tf.Tensor], Any], list[tf.Tensor]]
+
+
+@dataclasses.dataclass
+class Pass:
+    """What the towers returned from one call.
+
+    Attributes:
+        shards: The `Shards` they were given.
+        results: For each tower a dict with `outputs`, `masks` and `losses`.
+        state: The merged new value of each variable that was assigned.
+        rules: How outputs and losses are joined, by name.
+        merge_device: Where.
+        tapes: For each tower the tape of its gradients; empty if there are none.
+        sources: For each tower the tensors to take gradients for.
+        devices: Where each tower ran.
+    """
+
+    shards: Shards
+    results: list[dict[str, Any]]
+    state: list[tuple[keras.Variable, tf.Tensor]]
+    rules: Mapping[str, str]
+    merge_device: str
+    devices: tuple[str, ...]
+    tapes: list[tf.GradientTape] = dataclasses.field(default_factory=list)
+    sources: list[list[tf.Tensor]] = dataclasses.field(default_factory=list)
+
+    def merged(self) -> tuple[Any, Any, list[tf.Tensor]]:
+        """Outputs, their masks, and the terms that layers gave to `add_loss`."""
+        with tf.device(self.merge_device):
+            outputs = merge.outputs([r["outputs"] for r in self.results], self.shards, self.rules)
+            masks = merge.outputs([r["masks"] for r in self.results], self.shards, self.rules)
+            terms = zip(*[result["losses"] for result in self.results], strict=True)
+            join = merge.mean if self.rules.get("add_loss") != "sum" else merge.live_sum
+            shares = self.shards.shares() if len(self.results) > 1 else []
+            return outputs, masks, [join(list(term), shares) for term in terms]
+
+    def parts(self) -> list[list[tf.Tensor]]:
+        """For each tower, everything of its result that a gradient can flow to."""
+        return [
+            [
+                leaf
+                for leaf in tf.nest.flatten((r["outputs"], r["losses"]), expand_composites=True)
+                if tf.is_tensor(leaf) and leaf.dtype.is_floating
+            ]
+            for r in self.results
+        ]
+
+    def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:
+        """Gradients of each tower's sources, computed on its device.
+
+        Args:
+            upstream: For each tower the gradients of its `parts()`.
+
+        Returns:
+            For each tower a list, one entry for each source.
+        """
+        return [
+            _tower_gradients(*tower)
+            for tower in zip(
+                self.devices, self.tapes, self.parts(), upstream, self.sources, strict=True
+            )
+        ]
+
+
+def _tower_gradients(
+    device: str,
+    tape: tf.GradientTape,
+    parts: list[tf.Tensor],
+    upstream: Sequence[tf.Tensor | None],
+    sources: list[tf.Tensor],
+) -> list[Any]:
+    reached = [(part, up) for part, up in zip(parts, upstream, strict=True) if up is not None]
+    if not reached:
+        return [None] * len(sources)
+    targets, ups = zip(*reached, strict=True)
+    with tf.device(device):
+        return tape.gradient(list(targets), sources, output_gradients=list(ups))
+
+
+class Towers:
+    """Runs a template on several devices, a tower on each.
+
+    Args:
+        template: The model. Its variables are read once a pass and copied to
+            each device; what it assigns is merged by `StateRules`.
+        devices: Canonical device names.
+        merge_device: Where batches are cut and results are merged.
+        rules: What to do with single inputs and outputs, by name.
+    """
+
+    def __init__(
+        self,
+        template: keras.Model,
+        devices: tuple[str, ...],
+        merge_device: str,
+        rules: Mapping[str, str],
+    ) -> None:
+        self.template = template
+        self.devices = devices
+        self.merge_device = merge_device
+        self.rules = rules
+        self._token: tf.Variable | None = None
+        self.configure(jit=False, eager=False)
+
+    def configure(self, *, jit: bool, eager: bool) -> None:
+        """How the towers run from now on: compiled by XLA, or op by op.
+
+        Args:
+            jit: Whether XLA compiles the tower function.
+            eager: Whether the tower function is not traced at all.
+        """
+        self._jit, self._eager = jit, eager
+        self._variables: list[keras.Variable] = []
+        self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def forward(
+        self, shards: Shards, weights: list[tf.Tensor], training: Any, watch: Watch | None = None
+    ) -> Pass:
+        """Calls the template on all towers.
+
+        Args:
+            shards: The arguments, a `Call` cut by rows.
+            weights: The values of the template's variables.
+            training: Bool or `None`, the argument of that name.
+            watch: Function from a tower's weights and its part of the call to
+                the tensors that gradients will be taken for. Defaults to none.
+
+        Returns:
+            The `Pass`.
+        """
+        tapes: list[tf.GradientTape] = []
+        sources: list[list[tf.Tensor]] = []
+
+        def run(body: Callable[..., Any], own: list[tf.Tensor], *rest: Any) -> Any:
+            if watch is None:
+                return body(own, *rest, training)
+            tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+            sources.append(watch(own, rest[-1]))
+            tapes.append(tape)
+            with tape:
+                tape.watch(sources[-1])
+                return body(own, *rest, training)
+
+        results = self.on_each(self.on_tower, shards, weights, run)
+        state = self.merge_state(results, weights, shards)
+        used = self.devices[: len(results)]
+        return Pass(shards, results, state, self.rules, self.merge_device, used, tapes, sources)
+
+    def cut(self, batch: Any) -> Shards:
+        """Shards a batch, on the merge device."""
+        whole = {name for name, rule in self.rules.items() if rule == "whole"}
+        with tf.device(self.merge_device):
+            return shard(batch, len(self.devices), whole)
+
+    def read_weights(self) -> list[tf.Tensor]:
+        """The values of the template's variables, each read where it lives."""
+        self._track_variables()
+        return [_read(variable) for variable in self._variables]
+
+    def on_each(
+        self,
+        body: Callable[..., Any],
+        shards: Shards,
+        weights: list[tf.Tensor],
+        run: Callable[..., Any],
+    ) -> list[dict[str, Any]]:
+        """Runs `run(body, weights, tower, peers, part)` on each device that has a part."""
+        function = self._traced(body)
+        peers = self._peers(shards)
+        results = []
+        for index, part in enumerate(shards.parts):
+            with tf.device(self.devices[index]), _named(index, self.devices[index]):
+                own = [tf.identity(value) for value in weights]
+                tower = tf.constant(index) if len(shards.parts) > 1 else None
+                results.append(run(function, own, tower, peers[index], self._blur(part)))
+        return results
+
+    def merge_state(
+        self, results: list[dict[str, Any]], weights: list[tf.Tensor], shards: Shards
+    ) -> list[tuple[keras.Variable, tf.Tensor]]:
+        """The merged new value of every variable that the towers assigned."""
+        if not results[0]["state"] and not results[0]["constant"]:
+            return []
+        outside = [_read(variable) for variable in self._variables[len(weights) :]]
+        with tf.device(self.merge_device):
+            merged = self._state_rules.merge(
+                self._variables,
+                [*weights, *outside],
+                [result["state"] for result in results],
+                results[0]["constant"],
+                shards.shares() if len(results) > 1 else [],
+            )
+        return [(self._variables[index], value) for index, value in sorted(merged.items())]
+
+    def scope(
+        self,
+        weights: list[tf.Tensor],
+        tower: tf.Tensor | None,
+        others: Sequence[keras.Variable] = (),
+        values: Sequence[tf.Tensor] = (),
+    ) -> TowerScope:
+        """A scope in which the template's variables, and others, have these values."""
+        own = self._variables[: len(weights)]
+        return TowerScope([*own, *others], [*weights, *values], tower)
+
+    def updates(
+        self, scope: TowerScope, varies: Sequence[Any], ignore: Sequence[keras.Variable] = ()
+    ) -> tuple[Updates, Updates]:
+        """What was assigned: what depends on the shard, and what does not."""
+        ignored = {id(variable) for variable in ignore}
+        varying: Updates = {}
+        constant: Updates = {}
+        leaves = tf.nest.flatten(varies, expand_composites=True)
+        sources = [leaf for leaf in leaves if isinstance(leaf, tf.Tensor)]
+        for variable, values in scope.updates.values():
+            if id(variable) in ignored:
+                continue
+            tied = not tf.executing_eagerly() and not depends_on(values[-1], sources)
+            (constant if tied else varying)[self._index(variable)] = values
+        return varying, constant
+
+    def on_tower(
+        self,
+        weights: list[tf.Tensor],
+        tower: tf.Tensor | None,
+        peers: Peers | tf.Tensor | None,
+        call: Call,
+        training: Any,
+    ) -> dict[str, Any]:
+        """The tower function: nothing outside of it is changed."""
+        with self.scope(weights, tower) as scope, talking_to(peers):
+            outputs = call_template(self.template, call, training)
+        state, constant = self.updates(scope, (call, tower))
+        return {
+            "outputs": outputs,
+            "masks": keras.tree.map_structure(_compat.get_mask, outputs),
+            "losses": list(scope.losses),
+            "state": state,
+            "constant": constant,
+        }
+
+    def _traced(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        if self._eager:
+            return body
+        if body not in self._functions:
+            self._functions[body] = tf.function(
+                body, autograph=False, reduce_retracing=True, jit_compile=self._jit or None
+            )
+        return self._functions[body]
+
+    def _track_variables(self) -> None:
+        """Notices variables that came or went since the last pass (LoRA, quantisation)."""
+        known = self._variables[: len(self.template.variables)]
+        current = self.template.variables
+        if len(known) != len(current) or any(a is not b for a, b in zip(known, current, strict=True)):
+            self.configure(jit=self._jit, eager=self._eager)
+            self._variables = list(current)
+            self._state_rules = StateRules(self.template)
+
+    def _index(self, variable: keras.Variable) -> int:
+        """The number of a variable; one that is not the template's gets the next."""
+        for index, known in enumerate(self._variables):
+            if known is variable:
+                return index
+        self._variables.append(variable)
+        return len(self._variables) - 1
+
+    def _peers(self, shards: Shards) -> list[Peers | tf.Tensor | None]:
+        """What joins the towers of one pass, and what keeps them apart.
+
+        TensorFlow runs calls with side effects (printing, Python functions) one
+        after the other, unless they take a resource. So every tower takes one.
+        """
+        devices = self.devices[: len(shards.parts)]
+        if len(devices) == 1 or self._eager or self._jit:
+            return [None] * len(devices)
+        if not self._state_rules.synchronized:
+            return [_token("/device:CPU:0").handle] * len(devices)
+        keys = peer_keys(devices)
+        live = [tf.cast(rows > 0, tf.float32) for rows in map(tf.convert_to_tensor, shards.rows)]
+        return [
+            Peers(*keys, token=_token(device).handle, live=alive)
+            for device, alive in zip(devices, live, strict=True)
+        ]
+
+    def _blur(self, part: Any) -> Any:
+        """Hides a known batch size from templates that may count rows, see `StateRules`."""
+        if self._eager or not self._state_rules.counts_rows or tf.executing_eagerly():
+            return part
+
+        def hide(leaf: Any) -> Any:
+            if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
+                return leaf
+            return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
+
+        return keras.tree.map_structure(hide, part)
+
+
+def call_template(template: keras.Model, call: Call, training: Any) -> Any:
+    """Calls a model with the masks of its arguments attached to them."""
+    keras.tree.map_structure(_compat.set_mask, call["args"], call["masks"])
+    return template(*call["args"], training=training, **call["kwargs"])
+
+
+@contextlib.contextmanager
+def talking_to(peers: Peers | tf.Tensor | None) -> Iterator[None]:
+    """Lets layers reduce over the other towers, if there are any."""
+    with TowerContext(peers) if isinstance(peers, Peers) else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _named(index: int, device: str) -> Iterator[None]:
+    """Tells which tower an error comes from."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11 and later
+            error.add_note(f"This happened in tower {index} on device {device}.")
+        raise
+
+
+def _read(variable: keras.Variable) -> tf.Tensor:
+    value = variable.value
+    with tf.device(getattr(value, "device", None) or None):
+        return tf.convert_to_tensor(value)
+
+
+_TOKENS: dict[str, tf.Variable] = {}
+
+
+def _token(device: str) -> tf.Variable:
+    if device not in _TOKENS:
+        with tf.init_scope(), tf.device(device):
+            _TOKENS[device] = tf.Variable(0.0, trainable=False, name="tower_token")
+    return _TOKENS[device]
