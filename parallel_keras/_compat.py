@@ -54,6 +54,14 @@ def data_loss(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -> tf
     return model._compile_loss(y, y_pred, sample_weight)
 
 
+def loss_arguments(loss: keras.losses.Loss) -> dict[str, Any]:
+    """The arguments that a loss of Keras passes to its function, such as `axis`.
+
+    Some losses leave them out of `get_config()`. Goes when none does.
+    """
+    return dict(getattr(loss, "_fn_kwargs", {}))
+
+
 def loss_trackers(model: keras.Model) -> list[keras.metrics.Metric]:
     """The means of the losses of single outputs, which the compiled loss updates.
 

@@ -4,6 +4,8 @@ from typing import Any
 
 import keras
 
+from parallel_keras import _compat
+
 _ROW_WISE_LOSSES = (
     "BinaryCrossentropy",
     "BinaryFocalCrossentropy",
@@ -170,7 +172,7 @@ def _decide_one(loss: Any) -> Decision:
     if type(loss) not in [getattr(keras.losses, known, None) for known in _ROW_WISE_LOSSES]:
         why = f"{name} is not known to look at one row at a time"
         return Decision(reduction, why, proven=False)
-    config = loss.get_config()
+    config = _compat.loss_arguments(loss)
     if config.get("ignore_class") is not None:
         return Decision(None, f"{name} divides by the number of rows that it does not ignore")
     if config.get("axis", -1) != -1:

@@ -191,11 +191,12 @@ def _join(column: list[Any], shards: Shards, name: str, rule: str | None) -> Any
         return tf.sparse.concat(0, [_drop_stand_in(v, r) for v, r in _rows(column, shards)])
     if isinstance(first, tf.RaggedTensor):
         return tf.concat([_drop_stand_in(v, r) for v, r in _rows(column, shards)], axis=0)
-    if rule == "pad":
-        column = _pad(column)
-    else:
-        _check_sizes(column, shards, name)
-    return tf.concat([_drop_stand_in(v, r) for v, r in _rows(column, shards)], axis=0)
+    checks = [] if rule == "pad" else _check_sizes(column, shards, name)
+    column = _pad(column) if rule == "pad" else column
+    # Without this order the concatenation fails first, with a message that names nothing.
+    with tf.control_dependencies(checks):
+        kept = [_drop_stand_in(v, r) for v, r in _rows(column, shards)]
+        return tf.concat([tf.identity(v) for v in kept] if checks else kept, axis=0)
 
 
 def _join_scalars(column: list[tf.Tensor], shards: Shards, rule: str | None) -> tf.Tensor:
@@ -230,7 +231,7 @@ def _pad(column: list[tf.Tensor]) -> list[tf.Tensor]:
     ]
 
 
-def _check_sizes(column: list[tf.Tensor], shards: Shards, name: str) -> None:
+def _check_sizes(column: list[tf.Tensor], shards: Shards, name: str) -> list[tf.Operation]:
     """Fails with the output's name where a concatenation would be wrong or fail without it."""
     shapes = [value.shape for value in column]
     for shape, rows in zip(shapes, shards.rows, strict=True):
@@ -246,13 +247,15 @@ def _check_sizes(column: list[tf.Tensor], shards: Shards, name: str) -> None:
     remedy = 'Declare how to join it: DataParallelModel(..., rules={"output name": "pad"}).'
     if not all(shape.is_compatible_with(inner[0]) for shape in inner):
         raise ValueError(mismatch.format(name, [tuple(shape) for shape in shapes]) + remedy)
-    if not all(shape.is_fully_defined() for shape in inner):
-        sizes = tf.stack([tf.shape(value)[1:] for value in column])
-        tf.debugging.assert_equal(
-            sizes,
-            tf.broadcast_to(sizes[:1], tf.shape(sizes)),
-            message=mismatch.format(name, "below, a line for each tower") + remedy,
-        )
+    if all(shape.is_fully_defined() for shape in inner):
+        return []
+    sizes = tf.stack([tf.shape(value)[1:] for value in column])
+    check = tf.debugging.assert_equal(
+        sizes,
+        tf.broadcast_to(sizes[:1], tf.shape(sizes)),
+        message=mismatch.format(name, "below, a line for each tower") + remedy,
+    )
+    return [] if check is None else [check]
 
 
 def _name(path: tuple[Any, ...]) -> str:

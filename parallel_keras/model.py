@@ -17,6 +17,7 @@ from parallel_keras.devices import Devices, resolve
 from parallel_keras.files import TemplateFiles
 from parallel_keras.gradients import Runner
 from parallel_keras.loss_step import LossStep, NeedsWholeBatch, StepResult
+from parallel_keras.shard import is_empty
 from parallel_keras.towers import Call, Towers
 
 
@@ -137,6 +138,8 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, keras.Model):
         Returns:
             What the template returns.
         """
+        if is_empty((inputs, args)):
+            return self._empty_outputs((inputs, *args), kwargs)
         outputs, masks, terms = self._runner(_as_call((inputs, *args), kwargs, mask), training)
         if terms:
             self.add_loss(terms)
@@ -145,6 +148,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, keras.Model):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Builds the template on the first batch, then calls as Keras does."""
+        args, kwargs = _as_positional(self.template, args, kwargs)
         if not self.template.built:
             self._build_template(args, kwargs)
         return super().__call__(*args, **kwargs)
@@ -319,16 +323,39 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, keras.Model):
 
     def _build_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the template's weights from the shapes and dtypes of a batch."""
-
-        def symbol(leaf: Any) -> Any:
-            if not tf.is_tensor(leaf) and not isinstance(leaf, np.ndarray):
-                return leaf
-            sparse = isinstance(leaf, tf.SparseTensor)
-            dtype = keras.backend.standardize_dtype(leaf.dtype)
-            return keras.KerasTensor(tuple(leaf.shape), dtype, sparse=sparse)
-
         with tf.device(None):  # weights go where they would go without this wrapper
-            self.template(*keras.tree.map_structure(symbol, args), **kwargs)
+            self.template(*keras.tree.map_structure(_symbol, args), **kwargs)
+
+    def _empty_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the template would return for no rows, which no tower must be given."""
+        symbols = self.compute_output_spec(*keras.tree.map_structure(_symbol, args), **kwargs)
+        return keras.tree.map_structure(
+            lambda symbol: tf.zeros([size or 0 for size in symbol.shape], symbol.dtype), symbols
+        )
+
+
+def _symbol(leaf: Any) -> Any:
+    if not tf.is_tensor(leaf) and not isinstance(leaf, np.ndarray):
+        return leaf
+    sparse = isinstance(leaf, tf.SparseTensor)
+    dtype = keras.backend.standardize_dtype(leaf.dtype)
+    return keras.KerasTensor(tuple(leaf.shape), dtype, sparse=sparse)
+
+
+def _as_positional(
+    template: keras.Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Gives by position what the template's `call` names, but for Keras' own arguments.
+
+    `DataParallelModel.call` cannot know those names, and Keras refuses tensors and
+    other values side by side in the rest of the keywords.
+    """
+    context = {name: kwargs[name] for name in ("training", "mask") if name in kwargs}
+    named = {name: value for name, value in kwargs.items() if name not in context}
+    if not named:
+        return args, kwargs
+    bound = inspect.signature(template.call).bind_partial(*args, **named)
+    return bound.args, {**bound.kwargs, **context}
 
 
 def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Call:

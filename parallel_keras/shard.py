@@ -117,6 +117,19 @@ def shard(batch: Any, towers: int, whole: Collection[str] = ()) -> Shards:
     return Shards(parts, rows, total)
 
 
+def is_empty(batch: Any) -> bool:
+    """Whether a batch is known to have no rows at all.
+
+    Args:
+        batch: Nest of tensors.
+
+    Returns:
+        `False` also where the number of rows is not known while tracing.
+    """
+    leaves = [leaf for leaf in map(_to_tensor, keras.tree.flatten(batch)) if _has_rows(leaf)]
+    return bool(leaves) and all(leaf.shape.rank and leaf.shape[0] == 0 for leaf in leaves)
+
+
 def _to_tensor(leaf: Any) -> Any:
     return tf.convert_to_tensor(leaf) if isinstance(leaf, (np.ndarray, np.generic)) else leaf
 

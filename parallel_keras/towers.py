@@ -132,6 +132,7 @@ class Towers:
         """
         self._jit, self._eager = jit, eager
         self._variables: list[keras.Variable] = []
+        self._state_rules: StateRules | None = None
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def forward(
@@ -273,7 +274,7 @@ class Towers:
         """Notices variables that came or went since the last pass (LoRA, quantisation)."""
         known = self._variables[: len(self.template.variables)]
         current = self.template.variables
-        if len(known) != len(current) or any(a is not b for a, b in zip(known, current, strict=True)):
+        if self._state_rules is None or len(known) != len(current) or any(a is not b for a, b in zip(known, current, strict=True)):
             self.configure(jit=self._jit, eager=self._eager)
             self._variables = list(current)
             self._state_rules = StateRules(self.template)
