@@ -60,9 +60,10 @@ class LossStep:
         call = {"args": (x,), "kwargs": {}, "masks": masks}
         shards = self.towers.cut({"call": call, "y": y, "weights": sample_weight})
         weights = self.towers.read_weights()
-        shares = shards.shares()
-        # A tower that only stands in must not add to a sum either.
-        signs = [tf.sign(share) for share in shares]
+        with tf.device(self.towers.merge_device):
+            shares = shards.shares()
+            # A tower that only stands in must not add to a sum either.
+            signs = [tf.sign(share) for share in shares]
         scales = signs if self.reduction == "sum" else shares
         numbers = iter(zip(scales, shares, strict=True))
 

@@ -297,11 +297,11 @@ class Towers:
         if len(devices) == 1 or self._eager or self._jit:
             return [None] * len(devices)
         if not self._state_rules.synchronized:
-            return [_token("/device:CPU:0").handle] * len(devices)
+            return [_token("/device:CPU:0")] * len(devices)
         keys = peer_keys(devices)
         live = [tf.cast(rows > 0, tf.float32) for rows in map(tf.convert_to_tensor, shards.rows)]
         return [
-            Peers(*keys, token=_token(device).handle, live=alive)
+            Peers(*keys, token=_token(device), live=alive)
             for device, alive in zip(devices, live, strict=True)
         ]
 
@@ -351,8 +351,10 @@ def _read(variable: keras.Variable) -> tf.Tensor:
 _TOKENS: dict[str, tf.Variable] = {}
 
 
-def _token(device: str) -> tf.Variable:
-    if device not in _TOKENS:
-        with tf.init_scope(), tf.device(device):
-            _TOKENS[device] = tf.Variable(0.0, trainable=False, name="tower_token")
-    return _TOKENS[device]
+def _token(device: str) -> tf.Tensor:
+    """The handle of a variable on a device, as a tensor that lives there too."""
+    with tf.device(device):
+        if device not in _TOKENS:
+            with tf.init_scope():
+                _TOKENS[device] = tf.Variable(0.0, trainable=False, name="tower_token")
+        return tf.identity(_TOKENS[device].handle)

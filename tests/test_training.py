@@ -72,6 +72,7 @@ LOSSES = {
 def test_losses(name: str, weighted: bool) -> None:
     """N3, N9, N12: which path a loss takes, and that all paths agree."""
     make, auto_on_towers, towers_allowed = LOSSES[name]
+    weighted = weighted and name != "cosine over rows"  # one number a column: rows have no weight
     x, y = rows(10, 6), abs(rows(10, 3, seed=1))
     extra = {"sample_weight": rng(3).random(10).astype("float32")} if weighted else {}
     for loss_on in ("auto", "merged", "towers"):
@@ -227,13 +228,13 @@ def test_model_with_a_loss_of_its_own(towers: int, loss: str | None) -> None:
 
 
 class OwnLoss(pk.DataParallelModel):
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, **kwargs: Any) -> Any:
-        return super().compute_loss(x, y, y_pred, **kwargs) + 0.1 * keras.ops.mean(y_pred**2)
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(x, y, y_pred, *args, **kwargs) + 0.1 * keras.ops.mean(y_pred**2)
 
 
 class OwnLossBare(keras.Sequential):
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, **kwargs: Any) -> Any:
-        return super().compute_loss(x, y, y_pred, **kwargs) + 0.1 * keras.ops.mean(y_pred**2)
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(x, y, y_pred, *args, **kwargs) + 0.1 * keras.ops.mean(y_pred**2)
 
 
 def test_overridden_compute_loss() -> None:

@@ -1,0 +1,173 @@
+"""Where things run: proven from the traced graph, with pretended GPUs, and by towers that wait."""
+
+import collections
+import threading
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import parallel_keras as pk
+from tests.parity import rows
+
+Device = collections.namedtuple("Device", ["name", "device_type"])
+GPUS = [f"/device:GPU:{index}" for index in range(8)]
+
+
+@pytest.fixture
+def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with one CPU and eight GPUs, as far as a graph can tell."""
+    machine = [Device("/device:CPU:0", "CPU"), *(Device(name, "GPU") for name in GPUS)]
+
+    def list_logical_devices(device_type: str | None = None) -> list[Device]:
+        return [device for device in machine if device_type in (None, device.device_type)]
+
+    monkeypatch.setattr(tf.config, "list_logical_devices", list_logical_devices)
+
+
+def convnet() -> keras.Model:
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(4, 3),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def traced(parallel: pk.DataParallelModel, step: str) -> tf.Graph:
+    data = (tf.TensorSpec((None, 8, 8, 1)), tf.TensorSpec((None, 3)))
+    function = tf.function(getattr(parallel, step), autograph=False)
+    return function.get_concrete_function(data).graph
+
+
+def calls(graph: tf.Graph) -> dict[str, list[tf.Operation]]:
+    """The calls of the tower functions, by device."""
+    found = collections.defaultdict(list)
+    for op in graph.get_operations():
+        if "PartitionedCall" in op.type:
+            found[op.device].append(op)
+    return dict(found)
+
+
+@pytest.mark.usefixtures("eight_gpus")
+@pytest.mark.parametrize("merge_device", ["/CPU:0", "/gpu:3"])
+@pytest.mark.parametrize("loss_on", ["merged", "towers"])
+@pytest.mark.parametrize("step", ["train_step", "test_step", "predict_step"])
+def test_each_tower_on_its_gpu(step: str, loss_on: str, merge_device: str) -> None:
+    """S5, P2: https://github.com/tensorflow/tensorflow/issues/56676."""
+    parallel = pk.DataParallelModel(convnet(), loss_on=loss_on, merge_device=merge_device)
+    assert parallel.devices == tuple(GPUS)
+    parallel.compile(keras.optimizers.Adam(), "mse", metrics=["mae"])
+    graph = traced(parallel, step)
+    by_device = calls(graph)
+    assert set(by_device) == set(GPUS)
+    backward = step == "train_step" and loss_on == "merged"
+    assert {len(ops) for ops in by_device.values()} == {2 if backward else 1}
+    merge = parallel.merge_device
+    heavy = {"Conv2D", "Conv2DBackpropFilter", "MatMul", "FusedBatchNormV3"}
+    for op in graph.get_operations():
+        assert op.device in {"", merge, "/device:CPU:0", *GPUS}
+        assert op.type not in heavy  # they are all inside of the towers
+        if op.type in {"ConcatV2", "AddN", "StridedSliceGrad", "MulNoNan"}:
+            assert op.device == merge, op
+        if op.type in {"AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}:
+            assert op.inputs[0].op.type == "Placeholder", op  # on the device of its variable
+    # What is inside of a tower runs where the tower is called.
+    bodies = graph.as_graph_def().library.function
+    assert heavy & {node.op for body in bodies for node in body.node_def}
+    assert {node.device for body in bodies for node in body.node_def} <= {""}
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_loss_and_metrics_on_the_merge_device() -> None:
+    parallel = pk.DataParallelModel(convnet(), loss_on="merged", merge_device="GPU:2")
+    parallel.compile("sgd", "mse")
+    graph = traced(parallel, "train_step")
+    loss = [op for op in graph.get_operations() if op.name.startswith("compile_loss")]
+    assert loss
+    assert {op.device for op in loss} == {"/device:GPU:2"}
+
+
+@pytest.mark.usefixtures("eight_gpus")
+@pytest.mark.parametrize("devices", [["GPU:1"], [1, 3], ["/gpu:5", "/GPU:0"]])
+def test_no_other_gpu_is_touched(devices: list[Any]) -> None:
+    """C7, M2: https://github.com/tensorflow/tensorflow/issues/31410."""
+    parallel = pk.DataParallelModel(convnet(), devices)
+    parallel.compile("sgd", "mse")
+    used = {op.device for op in traced(parallel, "train_step").get_operations()}
+    assert used - {"", "/device:CPU:0"} == set(parallel.devices)
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_no_nccl() -> None:
+    """F2: https://github.com/tensorflow/tensorflow/issues/21470."""
+    parallel = pk.DataParallelModel(convnet())
+    parallel.compile("sgd", "mse")
+    graph = traced(parallel, "train_step").as_graph_def()
+    ops = {node.op for node in graph.node}
+    ops |= {node.op for body in graph.library.function for node in body.node_def}
+    assert not [op for op in ops if "Nccl" in op or "Collective" in op]
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_large_outputs_stay_on_their_tower() -> None:
+    """M1: https://github.com/pytorch/pytorch/issues/1893."""
+    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(999)])
+    spec = (tf.TensorSpec((None, 8, 8, 1)), tf.TensorSpec((None,), tf.int32))
+    widths = {}
+    for loss_on in ("auto", "merged"):
+        parallel = pk.DataParallelModel(model, loss_on=loss_on)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        parallel.compile("sgd", loss, metrics=["accuracy"])
+        graph = tf.function(parallel.train_step).get_concrete_function(spec).graph
+        merging = [op for op in graph.get_operations() if op.type == "ConcatV2"]
+        widths[loss_on] = {op.outputs[0].shape[-1] for op in merging}
+    assert widths == {"auto": set(), "merged": {999}}
+
+
+def test_towers_are_traced_once() -> None:
+    """P3: time to first step hardly grows with the number of towers."""
+    traces = []
+
+    class Traced(keras.layers.Layer):
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            traces.append(x.shape)
+            return x
+
+    for loss_on in ("merged", "towers"):
+        model = keras.Sequential([keras.Input((6,)), Traced(), keras.layers.Dense(3)])
+        parallel = pk.DataParallelModel(model, 8, loss_on=loss_on)
+        parallel.compile("sgd", "mse")
+        traces.clear()
+        parallel.fit(rows(33, 6), rows(33, 3), batch_size=16, epochs=3, verbose=0)
+        # The towers' path calls the template once more, symbolically, to build the loss.
+        assert len(traces) <= (1 if loss_on == "merged" else 2)
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("loss_on", ["merged", "towers"])
+def test_towers_overlap_in_time(loss_on: str, stateful: bool) -> None:
+    """Each tower waits for the other: one after the other, they would wait for ever."""
+    barrier = threading.Barrier(2, timeout=60)
+
+    class Waits(keras.layers.Layer):
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            def wait(value: np.ndarray) -> np.ndarray:
+                barrier.wait()
+                return value
+
+            waited = tf.numpy_function(wait, [x], tf.float32, stateful=stateful)
+            return x + 0 * tf.stop_gradient(tf.ensure_shape(waited, x.shape))
+
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), Waits()])
+    parallel = pk.DataParallelModel(model, 2, loss_on=loss_on)
+    parallel.compile("sgd", "mse")
+    parallel.fit(rows(8, 6), rows(8, 3), batch_size=4, verbose=0)
+    parallel.predict(rows(8, 6), batch_size=4, verbose=0)
+    parallel(rows(8, 6))
+    assert not barrier.broken
