@@ -15,8 +15,8 @@ if keras.backend.backend() != "tensorflow":
         "environment variable KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
-from parallel_keras.devices import virtual_devices  # noqa: E402  (after the backend check)
-from parallel_keras.model import DataParallelModel  # noqa: E402
-from parallel_keras.multi_gpu import multi_gpu_model  # noqa: E402
+from parallel_keras.devices import virtual_devices
+from parallel_keras.model import DataParallelModel
+from parallel_keras.multi_gpu import multi_gpu_model
 
 __all__ = ["DataParallelModel", "__version__", "multi_gpu_model", "virtual_devices"]

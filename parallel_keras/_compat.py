@@ -117,7 +117,9 @@ def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> 
     y_pred = _backend.compute_output_spec(model.template, x, training=False)
     _backend.compute_output_spec(data_loss, model, y, y_pred, sample_weight)
     if metrics is not None:
-        _backend.compute_output_spec(lambda *args: update_metrics(model, *args), y, y_pred, sample_weight)
+        _backend.compute_output_spec(
+            lambda *args: update_metrics(model, *args), y, y_pred, sample_weight
+        )
 
 
 def all_layers(model: keras.Model) -> list[keras.layers.Layer]:

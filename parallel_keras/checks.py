@@ -135,5 +135,5 @@ def check_may_merge(loss_on: str, cause: Exception) -> None:
     if loss_on == "towers":
         raise ValueError(
             "The loss of the batch is not the sum of the losses of its parts: an output has a "
-            f'mask, or no axis besides rows. Received: loss_on="towers". Use loss_on="auto".'
+            'mask, or no axis besides rows. Received: loss_on="towers". Use loss_on="auto".'
         ) from cause

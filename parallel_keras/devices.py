@@ -23,7 +23,6 @@ def resolve(devices: Devices = None) -> tuple[str, ...]:
         TypeError: If `devices` is of another type.
 
     Example:
-
     >>> from parallel_keras import devices
     >>> devices.resolve(["CPU:1", "/cpu:0"])
     ('/device:CPU:1', '/device:CPU:0')
@@ -47,8 +46,7 @@ def resolve(devices: Devices = None) -> tuple[str, ...]:
     names = [_find(device, existing) for device in devices]
     if not names:
         raise ValueError(
-            "Expected at least one device. "
-            f"Received: devices={devices!r}. {_what_exists(existing)}"
+            f"Expected at least one device. Received: devices={devices!r}. {_what_exists(existing)}"
         )
     for name in names:
         if names.count(name) > 1:
@@ -86,9 +84,8 @@ def virtual_devices(
         TypeError: If `count` is not an int.
 
     Example:
-
     ```python
-    devices = pk.virtual_devices(2)          # ['/device:CPU:0', '/device:CPU:1']
+    devices = pk.virtual_devices(2)  # ['/device:CPU:0', '/device:CPU:1']
     parallel = pk.DataParallelModel(model, devices)
     ```
     """

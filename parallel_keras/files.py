@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,6 +16,10 @@ class TemplateFiles:
     """Mixin of `DataParallelModel`: files hold `self.template` and nothing of the wrapper."""
 
     template: keras.Model
+    name: str
+    loss_on: str
+    request: dict[str, Any]
+    _inherit_compile: Callable[[], None]
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the template, with its compile arguments and optimizer state.
@@ -89,7 +94,7 @@ class TemplateFiles:
             arguments["template"], custom_objects=custom_objects
         )
         for name, instead in (("devices", None), ("merge_device", "/CPU:0")):
-            wanted = arguments.get(name)
+            wanted: Any = arguments.get(name)
             try:
                 resolve([wanted] if name == "merge_device" else wanted)
             except ValueError:

@@ -10,7 +10,8 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.towers import Call, Pass, Towers
+from parallel_keras.passes import Pass
+from parallel_keras.towers import Call, Towers
 
 Merged = tuple[Any, Any, list[tf.Tensor]]
 
@@ -65,8 +66,8 @@ class Recording:
             A list of tensors, `tf.IndexedSlices` or `None`, one for each variable.
         """
         own = [variable.value for variable in variables]
-        if self._pass is None:
-            return self._tape.gradient(loss, own)
+        if self._pass is None or self._tape is None:
+            return [None] * len(own)
         with tf.device(self._towers.merge_device):
             parts, direct = self._tape.gradient(loss, [self._pass.parts(), own])
         towers = self._pass.gradients(parts)
@@ -194,7 +195,9 @@ class _Differentiable:
             weights = [merge.total(_column(towers, index)) for index in range(count)]
             parts = [leaf for part in pass_.shards.parts for leaf in _floats(part)]
             part_gradients = [gradient for tower in towers for gradient in tower[count:]]
-            reached = [pair for pair in zip(parts, part_gradients, strict=True) if pair[1] is not None]
+            reached = [
+                pair for pair in zip(parts, part_gradients, strict=True) if pair[1] is not None
+            ]
             inputs: list[Any] = [None] * (len(values) - count)
             if reached and inputs:
                 targets, ups = zip(*reached, strict=True)
@@ -219,7 +222,12 @@ def _trainable(towers: Towers) -> list[keras.Variable]:
 
 def _watch_weights(towers: Towers) -> Any:
     indices = _trainable_indices(towers)
-    return lambda own, part: [own[index] for index in indices]
+
+    def watch(own: list[tf.Tensor], part: Any) -> list[tf.Tensor]:
+        del part
+        return [own[index] for index in indices]
+
+    return watch
 
 
 def _column(towers: Sequence[Sequence[Any]], index: int | None) -> list[Any]:

@@ -13,7 +13,6 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.scope import TowerScope
 from parallel_keras.shard import Shards
 from parallel_keras.towers import Towers, call_template, talking_to
 
@@ -82,7 +81,7 @@ class LossStep:
         part: dict[str, Any],
         scales: tuple[tf.Tensor, tf.Tensor],
         loss_scale: tf.Tensor | None,
-        training: bool,  # noqa: FBT001 (as Keras passes it)
+        training: bool,
     ) -> dict[str, Any]:
         """The tower function of this step: nothing outside of it is changed."""
         counters = self.counters()
@@ -180,9 +179,9 @@ class StepResult:
             return
         trackers = {id(v) for m in _compat.loss_trackers(model) for v in m.variables}
         counts = zip(*[result["counts"] for result in self.results], strict=True)
-        for counter, values in zip(self.step.counters(), counts, strict=True):
+        for counter, added in zip(self.step.counters(), counts, strict=True):
             if id(counter) not in trackers:
-                counter.assign_add(merge.live_sum(values, self.shards.shares()))
+                counter.assign_add(merge.live_sum(added, self.shards.shares()))
 
 
 def _check_rows(y_pred: Any) -> None:

@@ -1,5 +1,6 @@
 """Which losses and metrics are the same number when each tower computes its part."""
 
+import dataclasses
 from typing import Any
 
 import keras
@@ -85,10 +86,12 @@ _ADDITIVE_METRICS = (
     "TrueNegatives",
     "TruePositives",
 )
-_MEANS = ("sum_over_batch_size", "mean")
+_COUPLED_LOSSES = ("Circle", "Dice", "Tversky")
+_COUPLED_FUNCTIONS = ("circle", "dice", "tversky")
 _SHAPE_RESOLVED = ("crossentropy", "ce")
 
 
+@dataclasses.dataclass(frozen=True)
 class Decision:
     """Whether towers may compute a loss, and if not, why.
 
@@ -99,10 +102,9 @@ class Decision:
         proven: Bool, whether it is known that no loss looks beyond one row.
     """
 
-    def __init__(self, reduction: str | None, reason: str = "", *, proven: bool = True) -> None:
-        self.reduction = reduction
-        self.reason = reason
-        self.proven = proven
+    reduction: str | None
+    reason: str = ""
+    proven: bool = True
 
 
 def decide(loss: Any) -> Decision:
@@ -116,7 +118,6 @@ def decide(loss: Any) -> Decision:
         The `Decision`.
 
     Example:
-
     >>> from parallel_keras import losses
     >>> losses.decide("mse").reduction
     'mean'
@@ -151,30 +152,36 @@ def is_additive(metric: keras.metrics.Metric) -> bool:
 
 
 def _decide_one(loss: Any) -> Decision:
-    if isinstance(loss, str):
-        if loss in _SHAPE_RESOLVED:
-            return Decision("mean")
+    if isinstance(loss, str) and loss not in _SHAPE_RESOLVED:
         loss = keras.losses.get(loss)
-    name = getattr(loss, "__name__", None) or type(loss).__name__
-    if not isinstance(loss, keras.losses.Loss):
-        if loss in [getattr(keras.losses, known, None) for known in _ROW_WISE_FUNCTIONS]:
-            return Decision("mean")
-        if loss in [keras.losses.get(known) for known in ("dice", "tversky", "circle")]:
-            return Decision(None, f"{name} looks at several rows at once")
-        return Decision("mean", f"{name} is not known to look at one row at a time", proven=False)
-    if loss.reduction == "mean_with_sample_weight":
-        return Decision(None, f"{name} divides by the sum of the sample weights")
-    if loss.reduction not in (*_MEANS, "sum"):
-        return Decision(None, f"{name} is not reduced to a number")
-    reduction = "sum" if loss.reduction == "sum" else "mean"
-    if type(loss) in (keras.losses.Dice, keras.losses.Tversky, keras.losses.Circle):
+    if isinstance(loss, keras.losses.Loss):
+        return _decide_object(loss)
+    if loss in [*_SHAPE_RESOLVED, *_known(_ROW_WISE_FUNCTIONS)]:
+        return Decision("mean")
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if loss in [keras.losses.get(known) for known in _COUPLED_FUNCTIONS]:
         return Decision(None, f"{name} looks at several rows at once")
-    if type(loss) not in [getattr(keras.losses, known, None) for known in _ROW_WISE_LOSSES]:
-        why = f"{name} is not known to look at one row at a time"
-        return Decision(reduction, why, proven=False)
-    config = _compat.loss_arguments(loss)
-    if config.get("ignore_class") is not None:
-        return Decision(None, f"{name} divides by the number of rows that it does not ignore")
-    if config.get("axis", -1) != -1:
-        return Decision(None, f"{name} reduces over axis {config['axis']}")
-    return Decision(reduction)
+    return Decision("mean", f"{name} is not known to look at one row at a time", proven=False)
+
+
+def _decide_object(loss: keras.losses.Loss) -> Decision:
+    name, arguments = type(loss).__name__, _compat.loss_arguments(loss)
+    reasons = {
+        "divides by the sum of the sample weights": loss.reduction == "mean_with_sample_weight",
+        "is not reduced to a number": loss.reduction in (None, "none"),
+        "looks at several rows at once": type(loss) in _known(_COUPLED_LOSSES),
+        "divides by the number of rows not ignored": arguments.get("ignore_class") is not None,
+        "reduces over another axis than the last": arguments.get("axis", -1) not in (-1, None),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            return Decision(None, f"{name} {reason}")
+    reduction = "sum" if loss.reduction == "sum" else "mean"
+    if type(loss) in _known(_ROW_WISE_LOSSES):
+        return Decision(reduction)
+    return Decision(reduction, f"{name} is not known to look at one row at a time", proven=False)
+
+
+def _known(names: tuple[str, ...]) -> list[Any]:
+    """Those of the names that this version of Keras has."""
+    return [getattr(keras.losses, name) for name in names if hasattr(keras.losses, name)]

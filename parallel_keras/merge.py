@@ -34,7 +34,6 @@ def outputs(parts: Sequence[Any], shards: Shards, rules: Mapping[str, str] | Non
             a first axis that is not the batch.
 
     Example:
-
     >>> from parallel_keras import merge, shard
     >>> shards = shard.shard(np.arange(5), 2)
     >>> merge.outputs(shards.parts, shards).numpy().tolist()
@@ -104,7 +103,7 @@ def total(values: Sequence[Any]) -> Any:
         A tensor, a `tf.IndexedSlices`, or `None` if all values are.
     """
     present = [value for value in values if value is not None]
-    if len(present) < 2:  # noqa: PLR2004 (nothing to add)
+    if len(present) < 2:
         return present[0] if present else None
     if all(isinstance(value, tf.IndexedSlices) for value in present):
         return tf.IndexedSlices(
@@ -115,9 +114,7 @@ def total(values: Sequence[Any]) -> Any:
     return tf.add_n([tf.convert_to_tensor(value) for value in present])
 
 
-def increments(
-    old: tf.Tensor, new: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]
-) -> tf.Tensor:
+def increments(old: tf.Tensor, new: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]) -> tf.Tensor:
     """Adds up what each tower added: for counters of rows and metric state.
 
     Args:
@@ -137,7 +134,9 @@ def increments(
     if len(new) == 1:
         return new[0]
     if old.dtype == tf.bool:
-        return tf.reduce_any([value & (share > 0) for value, share in zip(new, shares, strict=True)], axis=0)
+        return tf.reduce_any(
+            [value & (share > 0) for value, share in zip(new, shares, strict=True)], axis=0
+        )
     return old + live_sum([value - old for value in new], shares)
 
 
@@ -243,7 +242,9 @@ def _check_sizes(column: list[tf.Tensor], shards: Shards, name: str) -> list[tf.
                 'If it is the same for every row, declare it: rules={"output name": "whole"}.'
             )
     inner = [shape[1:] for shape in shapes]
-    mismatch = "Expected {} to have the same size on every tower, but for rows. Received: shapes={}. "
+    mismatch = (
+        "Expected {} to have the same size on every tower, but for rows. Received: shapes={}. "
+    )
     remedy = 'Declare how to join it: DataParallelModel(..., rules={"output name": "pad"}).'
     if not all(shape.is_compatible_with(inner[0]) for shape in inner):
         raise ValueError(mismatch.format(name, [tuple(shape) for shape in shapes]) + remedy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +10,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from parallel_keras import _compat, checks, losses, merge
+from parallel_keras import _compat, checks
 from parallel_keras.answers import TemplateAnswers
 from parallel_keras.devices import Devices, resolve
 from parallel_keras.files import TemplateFiles
 from parallel_keras.gradients import Runner
-from parallel_keras.loss_step import LossStep, NeedsWholeBatch, StepResult
 from parallel_keras.shard import is_empty
+from parallel_keras.steps import ParallelSteps
 from parallel_keras.towers import Call, Towers
 
 
 @keras.saving.register_keras_serializable(package="parallel_keras")
-class DataParallelModel(TemplateAnswers, TemplateFiles, keras.Model):
+class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
     """Trains, evaluates and predicts with a model on several devices.
 
     The batch is cut by rows, each device runs the same model on its part, and
@@ -80,7 +79,6 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, keras.Model):
         ValueError: If an argument does not fit the machine or the template.
 
     Example:
-
     >>> template = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> parallel = DataParallelModel(template, devices=["CPU:0", "CPU:1"])
     >>> parallel.compile(optimizer="sgd", loss="mse")
@@ -112,7 +110,11 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, keras.Model):
         self.supports_masking = True
         # XLA compiles for one device: towers can be compiled, the step around them cannot.
         self.jit_compile = False
-        self.request = {"devices": devices, "merge_device": merge_device, "rules": dict(rules or {})}
+        self.request = {
+            "devices": devices,
+            "merge_device": merge_device,
+            "rules": dict(rules or {}),
+        }
         self._towers = Towers(template, names, self.merge_device, dict(rules or {}))
         self._runner = Runner(self._towers)
         if template.compiled:
@@ -176,151 +178,6 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, keras.Model):
         self._towers.configure(jit=self.template.jit_compile, eager=self.run_eagerly)
         self._runner = Runner(self._towers, eager=self.run_eagerly)
 
-    def train_step(self, data: Any) -> dict[str, Any]:
-        """One step of `fit`: losses and gradients of the whole batch, one update.
-
-        Args:
-            data: Inputs, targets and sample weights of a batch, as Keras gives them.
-
-        Returns:
-            A dict of the values of the metrics.
-        """
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logs = self._step_on_towers((x, y, sample_weight), training=True)
-        if logs is not None:
-            return logs
-        with tf.GradientTape() as tape, self._runner.record(tape) as recording:
-            y_pred = self(x, training=True)
-            with tf.device(self.merge_device):
-                loss = self._loss(x, y, y_pred, sample_weight, training=True)
-                scaled = loss if self.optimizer is None else self.optimizer.scale_loss(loss)
-        self._apply(recording.gradients(scaled, self.trainable_weights))
-        with tf.device(self.merge_device):
-            self._track(loss, recording.rows)
-            return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-
-    def test_step(self, data: Any) -> dict[str, Any]:
-        """One step of `evaluate`: losses and metrics of the whole batch.
-
-        Args:
-            data: Inputs, targets and sample weights of a batch, as Keras gives them.
-
-        Returns:
-            A dict of the values of the metrics.
-        """
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logs = self._step_on_towers((x, y, sample_weight), training=False)
-        if logs is not None:
-            return logs
-        with self._runner.record(None) as recording:
-            y_pred = self(x, training=False)
-        with tf.device(self.merge_device):
-            loss = self._loss(x, y, y_pred, sample_weight, training=False)
-            self._track(loss, recording.rows)
-            return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-
-    def predict_step(self, data: Any) -> Any:
-        """One step of `predict`: the merged outputs.
-
-        Args:
-            data: Inputs of a batch, as Keras gives them.
-
-        Returns:
-            The outputs, rows in order.
-        """
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        with self._runner.record(None):
-            return self(x, training=False)
-
-    @property
-    def loss_path(self) -> losses.Decision:
-        """Whether the next step to be traced computes the loss on the towers, and why not."""
-        if self.num_towers == 1 or self.loss_on == "merged":
-            return losses.Decision(None, "there is one tower, or the merged batch is asked for")
-        if self._overrides("compute_loss"):
-            decision = losses.Decision(None, "compute_loss is overridden")
-        else:
-            decision = losses.decide(self.loss)
-        if self.loss_on == "towers":
-            checks.check_towers_loss(decision)
-        elif not decision.proven:
-            return losses.Decision(None, decision.reason)
-        return decision
-
-    def _step_on_towers(self, data: tuple[Any, Any, Any], *, training: bool) -> dict | None:
-        """The step with the loss on the towers; `None` where it goes over the merged batch."""
-        reduction = self.loss_path.reduction
-        if reduction is None or not _compat.is_dense(data):
-            return None
-        _compat.build_losses_and_metrics(self, data)
-        metrics = _compat.compiled_metrics(self)
-        count = not self._overrides("compute_metrics") and all(map(losses.is_additive, metrics))
-        step = LossStep(self._towers, self, reduction, count)
-        try:
-            result = step.run(data, training=training, loss_scale=self._loss_scale(training))
-        except NeedsWholeBatch as error:
-            checks.check_may_merge(self.loss_on, error)
-            return None
-        for variable, value in result.state:
-            variable.assign(value)
-        x, y, sample_weight = data
-        loss = self._finish(result, training=training)
-        with tf.device(self.merge_device):
-            result.update_counters()
-            self._track(loss, result.shards.total)
-            if count:
-                return self.get_metrics_result()
-            return self.compute_metrics(x, y, result.outputs(), sample_weight=sample_weight)
-
-    def _finish(self, result: StepResult, *, training: bool) -> tf.Tensor:
-        """Adds the weight regularisers, which count once, and updates the weights."""
-        variables = self.trainable_weights
-        with tf.device(self.merge_device):
-            with tf.GradientTape() as tape:
-                penalties = [
-                    tf.cast(variable.regularizer(variable), result.loss().dtype)
-                    for variable in variables
-                    if variable.regularizer is not None
-                ]
-                penalty = tf.add_n(penalties) if penalties else None
-                scaled = None if penalty is None else self.optimizer.scale_loss(penalty)
-            loss = result.loss() if penalty is None else result.loss() + penalty
-            if not training:
-                return loss
-            gradients = result.gradients()
-            if penalty is not None:
-                own = tape.gradient(scaled, [variable.value for variable in variables])
-                gradients = [merge.total(pair) for pair in zip(gradients, own, strict=True)]
-        self._apply(gradients)
-        return loss
-
-    def _apply(self, gradients: list[Any]) -> None:
-        if self.trainable_weights:
-            self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
-        else:
-            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-
-    def _loss_scale(self, training: bool) -> tf.Tensor | None:
-        one = tf.ones(())
-        scale = self.optimizer.scale_loss(one) if training else one
-        return None if scale is one else scale
-
-    def _loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool) -> Any:
-        # Overrides written before Keras 3.3 do not take `training`.
-        takes_training = "training" in inspect.signature(self.compute_loss).parameters
-        extra = {"training": training} if takes_training else {}
-        return self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **extra)
-
-    def _track(self, loss: tf.Tensor, rows: Any) -> None:
-        """Updates the mean of the loss that Keras reports, weighted by rows as it does."""
-        for metric in self.metrics:
-            if metric.name == "loss":
-                metric.update_state(loss, sample_weight=rows)
-                return
-
-    def _overrides(self, method: str) -> bool:
-        return getattr(type(self), method) is not getattr(keras.Model, method)
-
     def _build_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the template's weights from the shapes and dtypes of a batch."""
         with tf.device(None):  # weights go where they would go without this wrapper
@@ -350,7 +207,9 @@ def _as_positional(
     `DataParallelModel.call` cannot know those names, and Keras refuses tensors and
     other values side by side in the rest of the keywords.
     """
-    context = {name: kwargs[name] for name in ("training", "mask") if name in kwargs}
+    context: dict[str, Any] = {
+        name: kwargs[name] for name in ("training", "mask") if name in kwargs
+    }
     named = {name: value for name, value in kwargs.items() if name not in context}
     if not named:
         return args, kwargs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -15,8 +16,8 @@ from parallel_keras.model import DataParallelModel
 def multi_gpu_model(
     model: keras.Model,
     gpus: int | Sequence[int | str] | None = None,
-    cpu_merge: bool = True,  # noqa: FBT001, FBT002 (the historical signature)
-    cpu_relocation: bool = False,  # noqa: FBT001, FBT002
+    cpu_merge: bool = True,
+    cpu_relocation: bool = False,
 ) -> DataParallelModel:
     """Runs a model on several GPUs, under its old name and arguments.
 
@@ -43,7 +44,6 @@ def multi_gpu_model(
         ValueError: If there are fewer than 2 devices, or not those asked for.
 
     Example:
-
     >>> from parallel_keras import multi_gpu_model
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> parallel = multi_gpu_model(model, gpus=["CPU:0", "CPU:1"])
@@ -56,21 +56,19 @@ def multi_gpu_model(
     return DataParallelModel(model, devices, merge_device="/CPU:0" if cpu_merge else devices[0])
 
 
-def _at_least_two(gpus: int | Sequence[int | str] | None) -> list[str]:
+def _at_least_two(gpus: Any) -> list[str]:
     existing = [device.name for device in tf.config.list_logical_devices("GPU")]
-    advice = (
-        f"GPUs of this machine: {existing}. On one device, or on CPUs, use DataParallelModel(model)."
-    )
+    advice = f"GPUs of this machine: {existing}. For one device, or CPUs, use DataParallelModel."
     if gpus is None or (isinstance(gpus, int) and not isinstance(gpus, bool)):
         wanted = len(existing) if gpus is None else gpus
-        if wanted < 2 or wanted > len(existing):  # noqa: PLR2004 (what "multi" means)
+        if wanted < 2 or wanted > len(existing):
             raise ValueError(
                 "Expected `gpus` to be at least 2 and at most the number of GPUs. "
                 f"Received: gpus={gpus}. {advice}"
             )
         return existing[:wanted]
     devices = resolve(gpus)
-    if len(devices) < 2:  # noqa: PLR2004
+    if len(devices) < 2:
         raise ValueError(
             f"Expected `gpus` to name at least 2 devices. Received: gpus={list(gpus)}. {advice}"
         )

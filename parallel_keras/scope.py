@@ -101,12 +101,13 @@ class TowerScope(keras.StatelessScope):
         a stream for each tower at its first use.
         """
         value = super().get_current_value(variable)
-        if value is None and self._tower is not None and not self._reading_outside:
-            if is_seed(variable):
-                self._reading_outside = True
-                value = tower_seed(tf.convert_to_tensor(variable.value), self._tower)
-                self._reading_outside = False
-                self.state_mapping[id(variable)] = value
+        if value is not None or self._tower is None or self._reading_outside:
+            return value
+        if is_seed(variable):
+            self._reading_outside = True
+            value = tower_seed(tf.convert_to_tensor(variable.value), self._tower)
+            self._reading_outside = False
+            self.state_mapping[id(variable)] = value
         return value
 
 

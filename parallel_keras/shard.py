@@ -1,13 +1,14 @@
 """From one batch to one shard for each tower. Pure: knows nothing of models."""
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-Rows = int | tf.Tensor
+# An int where the batch size is known while tracing, else an int32 tensor of shape ().
+Rows: TypeAlias = Any
 
 
 class Shards(NamedTuple):
@@ -52,7 +53,6 @@ def row_counts(rows: int, towers: int) -> list[int]:
         A list of `min(rows, towers)` ints that add up to `rows`.
 
     Example:
-
     >>> from parallel_keras import shard
     >>> shard.row_counts(10, 4)
     [3, 3, 2, 2]
@@ -89,7 +89,6 @@ def shard(batch: Any, towers: int, whole: Collection[str] = ()) -> Shards:
         ValueError: If leaves have different numbers of rows, or no leaf has any.
 
     Example:
-
     >>> from parallel_keras import shard
     >>> parts, rows, total = shard.shard({"x": np.arange(5), "y": None}, 2)
     >>> [part["x"].numpy().tolist() for part in parts], rows, total
@@ -110,7 +109,10 @@ def shard(batch: Any, towers: int, whole: Collection[str] = ()) -> Shards:
     parts = [
         keras.tree.pack_sequence_as(
             batch,
-            [pieces[index][tower] if index in pieces else leaf for index, leaf in enumerate(leaves)],
+            [
+                pieces[index][tower] if index in pieces else leaf
+                for index, leaf in enumerate(leaves)
+            ],
         )
         for tower in range(len(rows))
     ]

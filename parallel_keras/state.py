@@ -139,4 +139,3 @@ class StateRules:
             same = tf.reduce_all(tf.equal(tf.stack(values), values[0]))
             return tf.where(same, values[0], merge.increments(before, values, shares))
         return merge.increments(before, values, shares)
-

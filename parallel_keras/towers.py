@@ -3,99 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from parallel_keras import _compat, merge
+from parallel_keras import _compat
+from parallel_keras.passes import Pass
 from parallel_keras.scope import Peers, TowerContext, TowerScope, depends_on, peer_keys
 from parallel_keras.shard import Shards, shard
 from parallel_keras.state import StateRules, Updates
 
-
 # One call of the template: its "args", its "kwargs", and the "masks" of its args.
 Call = dict[str, Any]
 Watch = Callable[[list[tf.Tensor], Any], list[tf.Tensor]]
-
-
-@dataclasses.dataclass
-class Pass:
-    """What the towers returned from one call.
-
-    Attributes:
-        shards: The `Shards` they were given.
-        results: For each tower a dict with `outputs`, `masks` and `losses`.
-        state: The merged new value of each variable that was assigned.
-        rules: How outputs and losses are joined, by name.
-        merge_device: Where.
-        tapes: For each tower the tape of its gradients; empty if there are none.
-        sources: For each tower the tensors to take gradients for.
-        devices: Where each tower ran.
-    """
-
-    shards: Shards
-    results: list[dict[str, Any]]
-    state: list[tuple[keras.Variable, tf.Tensor]]
-    rules: Mapping[str, str]
-    merge_device: str
-    devices: tuple[str, ...]
-    tapes: list[tf.GradientTape] = dataclasses.field(default_factory=list)
-    sources: list[list[tf.Tensor]] = dataclasses.field(default_factory=list)
-
-    def merged(self) -> tuple[Any, Any, list[tf.Tensor]]:
-        """Outputs, their masks, and the terms that layers gave to `add_loss`."""
-        with tf.device(self.merge_device):
-            outputs = merge.outputs([r["outputs"] for r in self.results], self.shards, self.rules)
-            masks = merge.outputs([r["masks"] for r in self.results], self.shards, self.rules)
-            terms = zip(*[result["losses"] for result in self.results], strict=True)
-            join = merge.mean if self.rules.get("add_loss") != "sum" else merge.live_sum
-            shares = self.shards.shares() if len(self.results) > 1 else []
-            return outputs, masks, [join(list(term), shares) for term in terms]
-
-    def parts(self) -> list[list[tf.Tensor]]:
-        """For each tower, everything of its result that a gradient can flow to."""
-        return [
-            [
-                leaf
-                for leaf in tf.nest.flatten((r["outputs"], r["losses"]), expand_composites=True)
-                if tf.is_tensor(leaf) and leaf.dtype.is_floating
-            ]
-            for r in self.results
-        ]
-
-    def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:
-        """Gradients of each tower's sources, computed on its device.
-
-        Args:
-            upstream: For each tower the gradients of its `parts()`.
-
-        Returns:
-            For each tower a list, one entry for each source.
-        """
-        return [
-            _tower_gradients(*tower)
-            for tower in zip(
-                self.devices, self.tapes, self.parts(), upstream, self.sources, strict=True
-            )
-        ]
-
-
-def _tower_gradients(
-    device: str,
-    tape: tf.GradientTape,
-    parts: list[tf.Tensor],
-    upstream: Sequence[tf.Tensor | None],
-    sources: list[tf.Tensor],
-) -> list[Any]:
-    reached = [(part, up) for part, up in zip(parts, upstream, strict=True) if up is not None]
-    if not reached:
-        return [None] * len(sources)
-    targets, ups = zip(*reached, strict=True)
-    with tf.device(device):
-        return tape.gradient(list(targets), sources, output_gradients=list(ups))
 
 
 class Towers:
@@ -132,7 +54,7 @@ class Towers:
         """
         self._jit, self._eager = jit, eager
         self._variables: list[keras.Variable] = []
-        self._state_rules: StateRules | None = None
+        self._state_rules = StateRules(self.template)
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def forward(
@@ -274,10 +196,9 @@ class Towers:
         """Notices variables that came or went since the last pass (LoRA, quantisation)."""
         known = self._variables[: len(self.template.variables)]
         current = self.template.variables
-        if self._state_rules is None or len(known) != len(current) or any(a is not b for a, b in zip(known, current, strict=True)):
+        if [id(variable) for variable in known] != [id(variable) for variable in current]:
             self.configure(jit=self._jit, eager=self._eager)
             self._variables = list(current)
-            self._state_rules = StateRules(self.template)
 
     def _index(self, variable: keras.Variable) -> int:
         """The number of a variable; one that is not the template's gets the next."""

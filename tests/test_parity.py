@@ -7,7 +7,16 @@ import tensorflow as tf
 
 import parallel_keras as pk
 from parallel_keras import shard
-from tests.parity import ATOL, RTOL, assert_same_fit, assert_same_variables, batches, mlp, pair, rows
+from tests.parity import (
+    ATOL,
+    RTOL,
+    assert_same_fit,
+    assert_same_variables,
+    batches,
+    mlp,
+    pair,
+    rows,
+)
 
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
@@ -119,7 +128,10 @@ def test_steps_per_execution(loss_on: str) -> None:
     )
     assert_same_fit(bare, parallel, x, y, batch_size=4, epochs=2)
     np.testing.assert_allclose(
-        parallel.predict(x, batch_size=4, verbose=0), bare.predict(x, batch_size=4, verbose=0), rtol=RTOL, atol=ATOL
+        parallel.predict(x, batch_size=4, verbose=0),
+        bare.predict(x, batch_size=4, verbose=0),
+        rtol=RTOL,
+        atol=ATOL,
     )
 
 

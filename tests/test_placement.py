@@ -117,7 +117,9 @@ def test_no_nccl() -> None:
 @pytest.mark.usefixtures("eight_gpus")
 def test_large_outputs_stay_on_their_tower() -> None:
     """M1: https://github.com/pytorch/pytorch/issues/1893."""
-    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(999)])
+    model = keras.Sequential(
+        [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(999)]
+    )
     spec = (tf.TensorSpec((None, 8, 8, 1)), tf.TensorSpec((None,), tf.int32))
     widths = {}
     for loss_on in ("auto", "merged"):

@@ -90,7 +90,9 @@ def test_synchronized_normalisation_of_known_size() -> None:
         parallel(x, training=True), bare(x, training=True), rtol=RTOL, atol=ATOL * 10
     )
     for one, other in zip(bare.variables, parallel.variables, strict=True):
-        np.testing.assert_allclose(other.numpy(), one.numpy(), rtol=RTOL, atol=ATOL, err_msg=one.path)
+        np.testing.assert_allclose(
+            other.numpy(), one.numpy(), rtol=RTOL, atol=ATOL, err_msg=one.path
+        )
 
 
 @pytest.mark.parametrize("size", [10, 7, 3, 1])

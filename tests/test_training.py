@@ -143,7 +143,9 @@ def test_several_outputs(structure: str, loss_on: str) -> None:
     """
     a, b = rows(10, 3, seed=1), rng(2).integers(0, 2, 10)
     weights = rng(3).random(10).astype("float32")
-    as_given = (lambda one, two: {"a": one, "b": two}) if structure == "dict" else lambda *two: list(two)
+    as_given = (
+        (lambda one, two: {"a": one, "b": two}) if structure == "dict" else lambda *two: list(two)
+    )
     bare, parallel = pair(
         two_outputs if structure == "dict" else two_outputs_in_a_list,
         3,
@@ -155,7 +157,12 @@ def test_several_outputs(structure: str, loss_on: str) -> None:
         **SGD,
     )
     assert_same_fit(
-        bare, parallel, rows(10, 6), as_given(a, b), batch_size=7, epochs=2,
+        bare,
+        parallel,
+        rows(10, 6),
+        as_given(a, b),
+        batch_size=7,
+        epochs=2,
         sample_weight=as_given(weights, weights[::-1].copy()),
     )
 
@@ -284,7 +291,12 @@ def test_metrics(seen_by_batch: bool) -> None:
             "accuracy",
             "mae",
         ]
-        others = [BatchSpread(), keras.metrics.R2Score(name="r2"), keras.metrics.CosineSimilarity(name="cos"), row_wise]
+        others = [
+            BatchSpread(),
+            keras.metrics.R2Score(name="r2"),
+            keras.metrics.CosineSimilarity(name="cos"),
+            row_wise,
+        ]
         return known + (others if seen_by_batch else [])
 
     x, y = rows(10, 6), keras.utils.to_categorical(rng(1).integers(0, 2, 10), 2)
@@ -356,7 +368,9 @@ def test_mixed_precision(policy: str, loss_on: str) -> None:
 
     bare, parallel = pair(half, 4, loss_on=loss_on, loss="mse", **SGD)
     assert isinstance(parallel.optimizer, type(bare.optimizer))
-    assert isinstance(bare.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == "mixed_float16")
+    assert isinstance(bare.optimizer, keras.optimizers.LossScaleOptimizer) == (
+        policy == "mixed_float16"
+    )
     for model in (bare, parallel):
         model.fit(x, y, batch_size=8, epochs=2, verbose=0, shuffle=False)
     tolerance = 2e-3 if policy == "mixed_float16" else 2e-2
@@ -382,7 +396,9 @@ def test_overflow_on_one_tower_skips_the_step(loss_on: str) -> None:
         model.train_on_batch(x_bad, y)
     for old, new in zip(before, parallel.get_weights(), strict=True):
         np.testing.assert_array_equal(new, old)
-    assert float(parallel.optimizer.dynamic_scale.value) == float(bare.optimizer.dynamic_scale.value)
+    assert float(parallel.optimizer.dynamic_scale.value) == float(
+        bare.optimizer.dynamic_scale.value
+    )
     for model in (bare, parallel):
         model.train_on_batch(x, y)
     assert_same_variables(bare, parallel)
@@ -427,7 +443,9 @@ def test_embedding_gradients_stay_sparse() -> None:
                 seen.extend(type(gradient) for gradient, _ in pairs)  # noqa: B023
                 return super().apply_gradients(pairs)
 
-        bare, parallel = pair(build, 3, loss_on=loss_on, loss="mse", optimizer=lambda: Watching(0.1))
+        bare, parallel = pair(
+            build, 3, loss_on=loss_on, loss="mse", optimizer=lambda: Watching(0.1)
+        )
         assert_same_fit(bare, parallel, x, y, batch_size=7, epochs=2)
         assert set(seen) == {tf.IndexedSlices}
 
@@ -456,7 +474,9 @@ def test_nested_structures() -> None:
     expected = model(inputs)
     parallel = pk.DataParallelModel(model, 3)
     tf.nest.assert_same_structure(parallel(inputs), expected)
-    for actual, one in zip(tf.nest.flatten(parallel(inputs)), tf.nest.flatten(expected), strict=True):
+    for actual, one in zip(
+        tf.nest.flatten(parallel(inputs)), tf.nest.flatten(expected), strict=True
+    ):
         np.testing.assert_allclose(actual, one, rtol=RTOL, atol=ATOL)
 
 
@@ -470,7 +490,9 @@ def test_ragged() -> None:
     ragged = tf.ragged.constant([[1.0], [2.0, 3.0], [], [4.0, 5.0, 6.0], [7.0]])
     parallel = pk.DataParallelModel(Ragged(), 3)
     assert parallel(ragged).to_list() == Ragged()(ragged).to_list()
-    unknown = tf.function(parallel, input_signature=[tf.RaggedTensorSpec([None, None], ragged_rank=1)])
+    unknown = tf.function(
+        parallel, input_signature=[tf.RaggedTensorSpec([None, None], ragged_rank=1)]
+    )
     assert unknown(ragged).to_list() == Ragged()(ragged).to_list()
     assert unknown(ragged[:2]).to_list() == Ragged()(ragged[:2]).to_list()
 

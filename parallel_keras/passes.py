@@ -1,0 +1,90 @@
+"""What the towers returned from one call, and the way back for gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from parallel_keras import merge
+from parallel_keras.shard import Shards
+
+
+@dataclasses.dataclass
+class Pass:
+    """What the towers returned from one call.
+
+    Attributes:
+        shards: The `Shards` they were given.
+        results: For each tower a dict with `outputs`, `masks` and `losses`.
+        state: The merged new value of each variable that was assigned.
+        rules: How outputs and losses are joined, by name.
+        merge_device: Where.
+        tapes: For each tower the tape of its gradients; empty if there are none.
+        sources: For each tower the tensors to take gradients for.
+        devices: Where each tower ran.
+    """
+
+    shards: Shards
+    results: list[dict[str, Any]]
+    state: list[tuple[keras.Variable, tf.Tensor]]
+    rules: Mapping[str, str]
+    merge_device: str
+    devices: tuple[str, ...]
+    tapes: list[tf.GradientTape] = dataclasses.field(default_factory=list)
+    sources: list[list[tf.Tensor]] = dataclasses.field(default_factory=list)
+
+    def merged(self) -> tuple[Any, Any, list[tf.Tensor]]:
+        """Outputs, their masks, and the terms that layers gave to `add_loss`."""
+        with tf.device(self.merge_device):
+            outputs = merge.outputs([r["outputs"] for r in self.results], self.shards, self.rules)
+            masks = merge.outputs([r["masks"] for r in self.results], self.shards, self.rules)
+            terms = zip(*[result["losses"] for result in self.results], strict=True)
+            join = merge.mean if self.rules.get("add_loss") != "sum" else merge.live_sum
+            shares = self.shards.shares() if len(self.results) > 1 else []
+            return outputs, masks, [join(list(term), shares) for term in terms]
+
+    def parts(self) -> list[list[tf.Tensor]]:
+        """For each tower, everything of its result that a gradient can flow to."""
+        return [
+            [
+                leaf
+                for leaf in tf.nest.flatten((r["outputs"], r["losses"]), expand_composites=True)
+                if tf.is_tensor(leaf) and leaf.dtype.is_floating
+            ]
+            for r in self.results
+        ]
+
+    def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:
+        """Gradients of each tower's sources, computed on its device.
+
+        Args:
+            upstream: For each tower the gradients of its `parts()`.
+
+        Returns:
+            For each tower a list, one entry for each source.
+        """
+        return [
+            _tower_gradients(*tower)
+            for tower in zip(
+                self.devices, self.tapes, self.parts(), upstream, self.sources, strict=True
+            )
+        ]
+
+
+def _tower_gradients(
+    device: str,
+    tape: tf.GradientTape,
+    parts: list[tf.Tensor],
+    upstream: Sequence[tf.Tensor | None],
+    sources: list[tf.Tensor],
+) -> list[Any]:
+    reached = [(part, up) for part, up in zip(parts, upstream, strict=True) if up is not None]
+    if not reached:
+        return [None] * len(sources)
+    targets, ups = zip(*reached, strict=True)
+    with tf.device(device):
+        return tape.gradient(list(targets), sources, output_gradients=list(ups))

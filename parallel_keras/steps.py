@@ -1,0 +1,172 @@
+"""One step of `fit`, `evaluate` and `predict`."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from parallel_keras import _compat, checks, losses, merge
+from parallel_keras.gradients import Runner
+from parallel_keras.loss_step import LossStep, NeedsWholeBatch, StepResult
+from parallel_keras.towers import Towers
+
+
+class ParallelSteps(keras.Model):
+    """Base of `DataParallelModel`: the steps that Keras' own loops call."""
+
+    loss_on: str
+    merge_device: str
+    devices: tuple[str, ...]
+    _runner: Runner
+    _towers: Towers
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """One step of `fit`: losses and gradients of the whole batch, one update.
+
+        Args:
+            data: Inputs, targets and sample weights of a batch, as Keras gives them.
+
+        Returns:
+            A dict of the values of the metrics.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        logs = self._step_on_towers((x, y, sample_weight), training=True)
+        if logs is not None:
+            return logs
+        with tf.GradientTape() as tape, self._runner.record(tape) as recording:
+            y_pred = self(x, training=True)
+            with tf.device(self.merge_device):
+                loss = self._loss(x, y, y_pred, sample_weight, training=True)
+                scaled = loss if self.optimizer is None else self.optimizer.scale_loss(loss)
+        self._apply(recording.gradients(scaled, self.trainable_weights))
+        with tf.device(self.merge_device):
+            self._track(loss, recording.rows)
+            return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """One step of `evaluate`: losses and metrics of the whole batch.
+
+        Args:
+            data: Inputs, targets and sample weights of a batch, as Keras gives them.
+
+        Returns:
+            A dict of the values of the metrics.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        logs = self._step_on_towers((x, y, sample_weight), training=False)
+        if logs is not None:
+            return logs
+        with self._runner.record(None) as recording:
+            y_pred = self(x, training=False)
+        with tf.device(self.merge_device):
+            loss = self._loss(x, y, y_pred, sample_weight, training=False)
+            self._track(loss, recording.rows)
+            return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def predict_step(self, data: Any) -> Any:
+        """One step of `predict`: the merged outputs.
+
+        Args:
+            data: Inputs of a batch, as Keras gives them.
+
+        Returns:
+            The outputs, rows in order.
+        """
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        with self._runner.record(None):
+            return self(x, training=False)
+
+    @property
+    def loss_path(self) -> losses.Decision:
+        """Whether the next step to be traced computes the loss on the towers, and why not."""
+        if len(self.devices) == 1 or self.loss_on == "merged":
+            return losses.Decision(None, "there is one tower, or the merged batch is asked for")
+        if self._overrides("compute_loss"):
+            decision = losses.Decision(None, "compute_loss is overridden")
+        else:
+            decision = losses.decide(self.loss)
+        if self.loss_on == "towers":
+            checks.check_towers_loss(decision)
+        elif not decision.proven:
+            return losses.Decision(None, decision.reason)
+        return decision
+
+    def _step_on_towers(
+        self, data: tuple[Any, Any, Any], *, training: bool
+    ) -> dict[str, Any] | None:
+        """The step with the loss on the towers; `None` where it goes over the merged batch."""
+        reduction = self.loss_path.reduction
+        if reduction is None or not _compat.is_dense(data):
+            return None
+        _compat.build_losses_and_metrics(self, data)
+        metrics = _compat.compiled_metrics(self)
+        count = not self._overrides("compute_metrics") and all(map(losses.is_additive, metrics))
+        step = LossStep(self._towers, self, reduction, count)
+        try:
+            result = step.run(data, training=training, loss_scale=self._loss_scale(training))
+        except NeedsWholeBatch as error:
+            checks.check_may_merge(self.loss_on, error)
+            return None
+        for variable, value in result.state:
+            variable.assign(value)
+        x, y, sample_weight = data
+        loss = self._finish(result, training=training)
+        with tf.device(self.merge_device):
+            result.update_counters()
+            self._track(loss, result.shards.total)
+            if count:
+                return self.get_metrics_result()
+            return self.compute_metrics(x, y, result.outputs(), sample_weight=sample_weight)
+
+    def _finish(self, result: StepResult, *, training: bool) -> tf.Tensor:
+        """Adds the weight regularisers, which count once, and updates the weights."""
+        variables = self.trainable_weights
+        with tf.device(self.merge_device):
+            with tf.GradientTape() as tape:
+                penalties = [
+                    tf.cast(variable.regularizer(variable), result.loss().dtype)
+                    for variable in variables
+                    if variable.regularizer is not None
+                ]
+                penalty = tf.add_n(penalties) if penalties else None
+                scaled = None if penalty is None else self.optimizer.scale_loss(penalty)
+            loss = result.loss() if penalty is None else result.loss() + penalty
+            if not training:
+                return loss
+            gradients = result.gradients()
+            if penalty is not None:
+                own = tape.gradient(scaled, [variable.value for variable in variables])
+                gradients = [merge.total(pair) for pair in zip(gradients, own, strict=True)]
+        self._apply(gradients)
+        return loss
+
+    def _apply(self, gradients: list[Any]) -> None:
+        if self.trainable_weights:
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        else:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+
+    def _loss_scale(self, training: bool) -> tf.Tensor | None:
+        one = tf.ones(())
+        scale = self.optimizer.scale_loss(one) if training else one
+        return None if scale is one else scale
+
+    def _loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool) -> Any:
+        # Overrides written before Keras 3.3 do not take `training`.
+        takes_training = "training" in inspect.signature(self.compute_loss).parameters
+        extra = {"training": training} if takes_training else {}
+        return self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **extra)
+
+    def _track(self, loss: tf.Tensor, rows: Any) -> None:
+        """Updates the mean of the loss that Keras reports, weighted by rows as it does."""
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss, sample_weight=rows)
+                return
+
+    def _overrides(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(keras.Model, method)
