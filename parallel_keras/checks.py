@@ -85,24 +85,26 @@ def check_template(template: keras.Model, towers: int) -> None:
             )
 
 
-def check_compile(template: keras.Model, *, jit: bool) -> None:
-    """Refuses to compile with XLA what XLA cannot do.
+def check_compile(template: keras.Model, towers: int, *, jit: bool) -> None:
+    """Refuses ways to run in which towers cannot talk to each other.
 
     Args:
         template: The compiled model.
-        jit: Bool, whether towers are to be compiled with XLA.
+        towers: Int, the number of towers.
+        jit: Bool, whether the user asked for XLA, rather than leaving it to Keras.
 
     Raises:
         ValueError: Naming the layer that reduces over the towers.
     """
-    if not jit:
+    if towers == 1 or not (jit or template.run_eagerly):
         return
     for layer in _compat.all_layers(template):
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.synchronized:
+        if getattr(layer, "synchronized", False):
             raise ValueError(
-                f"Layer {layer.name!r} is synchronized: it adds up over the devices in the middle "
-                "of a tower, which XLA cannot compile. Received: jit_compile=True. "
-                "Compile with jit_compile=False."
+                f"Layer {layer.name!r} is synchronized: it adds up over {towers} devices in the "
+                "middle of a tower, which needs towers that run at the same time and that XLA "
+                f"does not compile. Received: jit_compile={jit}, "
+                f"run_eagerly={template.run_eagerly}. Compile with neither."
             )
 
 

@@ -167,11 +167,11 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
             **kwargs: As in `keras.Model.compile`.
         """
         self.template.compile(*args, **kwargs)
-        self._inherit_compile()
+        self._inherit_compile(jit=kwargs.get("jit_compile") is True)
 
-    def _inherit_compile(self) -> None:
+    def _inherit_compile(self, *, jit: bool = False) -> None:
         arguments = _compat.compile_arguments(self.template)
-        checks.check_compile(self.template, jit=self.template.jit_compile)
+        checks.check_compile(self.template, len(self.devices), jit=jit)
         # The template's optimizer may already be wrapped for loss scaling.
         own = {"optimizer": self.template.optimizer, "jit_compile": False, "auto_scale_loss": False}
         super().compile(**{**arguments, **own})

@@ -52,9 +52,11 @@ class Towers:
             jit: Whether XLA compiles the tower function.
             eager: Whether the tower function is not traced at all.
         """
-        self._jit, self._eager = jit, eager
         self._variables: list[keras.Variable] = []
         self._state_rules = StateRules(self.template)
+        # Keras chooses XLA by itself on GPUs; towers that talk to each other cannot have it.
+        alone = len(self.devices) == 1 or not self._state_rules.synchronized
+        self._jit, self._eager = jit and alone, eager
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def forward(
@@ -227,8 +229,14 @@ class Towers:
         ]
 
     def _blur(self, part: Any) -> Any:
-        """Hides a known batch size from templates that may count rows, see `StateRules`."""
-        if self._eager or not self._state_rules.counts_rows or tf.executing_eagerly():
+        """Hides a known batch size where it must not become a constant of the tower.
+
+        Templates that count rows must be told apart from those that count steps, see
+        `StateRules`. And towers that talk to each other must take the same steps: if
+        some know their size, they compute the gradient of other things.
+        """
+        rules = self._state_rules
+        if self._eager or not (rules.counts_rows or rules.synchronized):
             return part
 
         def hide(leaf: Any) -> Any:
