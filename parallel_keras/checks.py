@@ -108,6 +108,25 @@ def check_compile(template: keras.Model, towers: int, *, jit: bool) -> None:
             )
 
 
+def check_overrides(template: keras.Model, methods: tuple[str, ...]) -> None:
+    """Refuses templates with steps of their own, which would silently not be called.
+
+    Args:
+        template: The model.
+        methods: Names of the methods that the step at hand would need.
+
+    Raises:
+        ValueError: Naming the method that the template overrides.
+    """
+    for method in methods:
+        if getattr(type(template), method) is not getattr(keras.Model, method):
+            raise ValueError(
+                f"The template overrides `{method}`, which the towers cannot call: they run the "
+                f"template's `call` only. Received: template of type {type(template).__name__}. "
+                f"Subclass DataParallelModel and override `{method}` there."
+            )
+
+
 def check_towers_loss(decision: losses.Decision) -> None:
     """Refuses `loss_on="towers"` where it would be another number.
 

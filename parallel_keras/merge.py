@@ -55,7 +55,7 @@ def mean(values: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]) -> tf.Tensor:
 
     Args:
         values: Sequence of tensors of one shape.
-        shares: Sequence of float32 tensors of shape `()` that add up to 1.
+        shares: Sequence of float tensors of shape `()` that add up to 1.
 
     Returns:
         A tensor of the shape and dtype of the values. It is computed in at

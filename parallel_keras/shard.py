@@ -30,10 +30,10 @@ class Shards(NamedTuple):
         """The part of the batch that each tower holds; they add up to 1.
 
         Returns:
-            A list of float32 tensors of shape `()`.
+            A list of float64 tensors of shape `()`, precise enough for any dtype.
         """
-        total = tf.cast(self.total, tf.float32)
-        return [tf.cast(rows, tf.float32) / total for rows in self.rows]
+        total = tf.cast(self.total, tf.float64)
+        return [tf.cast(rows, tf.float64) / total for rows in self.rows]
 
 
 def row_counts(rows: int, towers: int) -> list[int]:

@@ -18,6 +18,7 @@ from parallel_keras.towers import Towers
 class ParallelSteps(keras.Model):
     """Base of `DataParallelModel`: the steps that Keras' own loops call."""
 
+    template: keras.Model
     loss_on: str
     merge_device: str
     devices: tuple[str, ...]
@@ -33,6 +34,7 @@ class ParallelSteps(keras.Model):
         Returns:
             A dict of the values of the metrics.
         """
+        checks.check_overrides(self.template, ("train_step", "compute_loss", "compute_metrics"))
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         logs = self._step_on_towers((x, y, sample_weight), training=True)
         if logs is not None:
@@ -56,6 +58,7 @@ class ParallelSteps(keras.Model):
         Returns:
             A dict of the values of the metrics.
         """
+        checks.check_overrides(self.template, ("test_step", "compute_loss", "compute_metrics"))
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         logs = self._step_on_towers((x, y, sample_weight), training=False)
         if logs is not None:
@@ -76,6 +79,7 @@ class ParallelSteps(keras.Model):
         Returns:
             The outputs, rows in order.
         """
+        checks.check_overrides(self.template, ("predict_step",))
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         with self._runner.record(None):
             return self(x, training=False)
