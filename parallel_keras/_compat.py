@@ -122,6 +122,15 @@ def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> 
         )
 
 
+def layer_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+    """The metrics that layers update when they are called.
+
+    `layer.metrics` is public, but that of a compiled model lists its loss and compiled
+    metrics too, which no layer updates. Goes when Keras tells the two apart.
+    """
+    return [metric for layer in all_layers(model) for metric in layer._metrics]
+
+
 def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The model and every layer in it, each once.
 

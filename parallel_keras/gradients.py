@@ -91,16 +91,26 @@ class Runner:
         self._towers = towers
         self._eager = eager
         self._recording: Recording | None = None
-        # Called outside of any tf.function, towers would run one after the other.
-        self._function = tf.function(self._differentiable, autograph=False, reduce_retracing=True)
+        self._function: Any = None
+        self._traced_for: tuple[Any, ...] = ()
 
     def __call__(self, call: Call, training: Any) -> Merged:
         """Outputs, masks and `add_loss` terms; what layers assigned is assigned."""
         if self._recording is not None and self._recording.is_free:
             return self._recording.run(call, training)
         if tf.executing_eagerly() and not self._eager and not _compat.in_stateless_scope():
-            return self._function(call, training)
+            return self._as_function()(call, training)
         return self._differentiable(call, training)
+
+    def _as_function(self) -> Any:
+        """The call as a graph: outside of one, towers would run one after the other."""
+        fingerprint = self._towers.fingerprint()
+        if self._function is None or fingerprint != self._traced_for:
+            self._traced_for = fingerprint
+            self._function = tf.function(
+                self._differentiable, autograph=False, reduce_retracing=True
+            )
+        return self._function
 
     @contextlib.contextmanager
     def record(self, tape: tf.GradientTape | None) -> Iterator[Recording]:

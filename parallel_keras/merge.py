@@ -260,7 +260,7 @@ def _check_sizes(column: list[tf.Tensor], shards: Shards, name: str) -> list[tf.
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    return f"output {'/'.join(str(key) for key in path)!r}" if path else "the output"
+    return f"output {'/'.join(str(key) for key in path)}" if path else "the output"
 
 
 def _last(path: tuple[Any, ...]) -> str:

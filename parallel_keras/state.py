@@ -57,14 +57,7 @@ class StateRules:
             for layer in layers
             if isinstance(layer, keras.layers.BatchNormalization) and layer.built
         ]
-        # A compiled template also lists its loss and metrics, which no layer updates.
-        own = {id(variable) for variable in template.variables}
-        metrics = [
-            metric
-            for layer in layers
-            for metric in layer.metrics
-            if any(id(variable) in own for variable in metric.variables)
-        ]
+        metrics = _compat.layer_metrics(template)
         self._metric_variables = {id(v) for metric in metrics for v in metric.variables}
         self._means = [metric for metric in metrics if isinstance(metric, keras.metrics.Mean)]
         self.synchronized = any(

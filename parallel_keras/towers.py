@@ -53,6 +53,7 @@ class Towers:
             eager: Whether the tower function is not traced at all.
         """
         self._variables: list[keras.Variable] = []
+        self._fingerprint: tuple[Any, ...] = ()
         self._state_rules = StateRules(self.template)
         # Keras chooses XLA by itself on GPUs; towers that talk to each other cannot have it.
         alone = len(self.devices) == 1 or not self._state_rules.synchronized
@@ -100,7 +101,7 @@ class Towers:
 
     def read_weights(self) -> list[tf.Tensor]:
         """The values of the template's variables, each read where it lives."""
-        self._track_variables()
+        self._notice_changes()
         return [_read(variable) for variable in self._variables]
 
     def on_each(
@@ -194,13 +195,22 @@ class Towers:
             )
         return self._functions[body]
 
-    def _track_variables(self) -> None:
-        """Notices variables that came or went since the last pass (LoRA, quantisation)."""
-        known = self._variables[: len(self.template.variables)]
-        current = self.template.variables
-        if [id(variable) for variable in known] != [id(variable) for variable in current]:
+    def fingerprint(self) -> tuple[Any, ...]:
+        """What a trace of the template depends on besides its arguments.
+
+        Variables come and go (LoRA, quantisation) and layers are frozen, without
+        any call that would tell the towers.
+        """
+        layers = _compat.all_layers(self.template)
+        variables = self.template.variables
+        return (*map(id, variables), *(layer.trainable for layer in layers))
+
+    def _notice_changes(self) -> None:
+        fingerprint = self.fingerprint()
+        if fingerprint != self._fingerprint:
             self.configure(jit=self._jit, eager=self._eager)
-            self._variables = list(current)
+            self._variables = list(self.template.variables)
+            self._fingerprint = fingerprint
 
     def _index(self, variable: keras.Variable) -> int:
         """The number of a variable; one that is not the template's gets the next."""
@@ -266,8 +276,10 @@ def _named(index: int, device: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if hasattr(error, "add_note"):  # Python 3.11 and later
-            error.add_note(f"This happened in tower {index} on device {device}.")
+        # Keras makes a new error from the class and the message, so that is where it must stand.
+        if error.args and isinstance(error.args[0], str):
+            where = f"This happened in tower {index} on device {device}."
+            error.args = (f"{error.args[0]}\n\n{where}", *error.args[1:])
         raise
 
 

@@ -1,0 +1,206 @@
+"""Wrong use says what happened, what was expected, what came and what to do."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import parallel_keras as pk
+from parallel_keras.scope import Peers, TowerContext
+from tests.parity import mlp, rows
+
+PACKAGE = Path(pk.__file__).parent
+
+
+@pytest.mark.parametrize("template", [None, "model", keras.layers.Dense(1), keras.Sequential])
+def test_template_must_be_a_model(template: Any) -> None:
+    with pytest.raises(TypeError, match=r"Expected `template` to be a keras.Model. Received"):
+        pk.DataParallelModel(template)
+
+
+def test_template_must_be_an_instance() -> None:
+    with pytest.raises(TypeError, match="create the model first"):
+        pk.DataParallelModel(keras.Sequential)
+
+
+def test_loss_on_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match=r"one of \('auto', 'merged', 'towers'\). .*loss_on='x'"):
+        pk.DataParallelModel(mlp(), 2, loss_on="x")
+
+
+def test_strategy_is_not_supported() -> None:
+    with pytest.raises(ValueError, match="several machines are not supported yet"):
+        pk.DataParallelModel(mlp(), 2, strategy="anything")
+
+
+def test_rules() -> None:
+    with pytest.raises(TypeError, match="Expected `rules` to be a dict"):
+        pk.DataParallelModel(mlp(), 2, rules=["pad"])
+    with pytest.raises(ValueError, match=r"one of \(.*'pad'.*Received: rules={'boxes': 'stretch'}"):
+        pk.DataParallelModel(mlp(), 2, rules={"boxes": "stretch"})
+
+
+def test_merge_device_must_exist() -> None:
+    with pytest.raises(ValueError, match=r"'GPU:7', which does not exist"):
+        pk.DataParallelModel(mlp(), 2, merge_device="GPU:7")
+
+
+def stateful() -> keras.Model:
+    inputs = keras.Input((4, 3), batch_size=8)
+    return keras.Model(inputs, keras.layers.LSTM(2, stateful=True, name="memory")(inputs))
+
+
+def fixed_batch() -> keras.Model:
+    return keras.Sequential([keras.Input((3,), batch_size=8, name="eight"), keras.layers.Dense(1)])
+
+
+def test_stateful_layers_are_refused() -> None:
+    """B3: https://github.com/keras-team/keras/issues/8397."""
+    with pytest.raises(ValueError, match=r"Layer 'memory' is stateful.*devices=1"):
+        pk.DataParallelModel(stateful(), 2)
+    x = rows(8, 4, 3)
+    alone = pk.DataParallelModel(stateful(), 1)
+    first, second = alone.predict(x, verbose=0), alone.predict(x, verbose=0)
+    assert not np.allclose(first, second)  # its state went on, as on one device
+
+
+def test_fixed_batch_sizes_are_refused() -> None:
+    """B3: https://github.com/keras-team/keras/issues/12295."""
+    with pytest.raises(ValueError, match=r"Input 'eight.*fixed batch size.*shape=\(8, 3\)"):
+        pk.DataParallelModel(fixed_batch(), 2)
+    template = fixed_batch()
+    x = rows(8, 3)
+    np.testing.assert_array_equal(
+        pk.DataParallelModel(template, 1).predict(x, verbose=0), template.predict(x, verbose=0)
+    )
+
+
+@pytest.mark.parametrize("how", ["jit_compile", "run_eagerly"])
+def test_synchronized_layers_need_towers_that_run_together(how: str) -> None:
+    layer = keras.layers.BatchNormalization(synchronized=True, name="norm")
+    parallel = pk.DataParallelModel(keras.Sequential([keras.Input((3,)), layer]), 2)
+    with pytest.raises(ValueError, match=rf"Layer 'norm' is synchronized.*{how}=True"):
+        parallel.compile("sgd", "mse", **{how: True})
+
+
+class OwnStep(keras.Sequential):
+    def train_step(self, data: Any) -> Any:
+        return super().train_step(data)
+
+    def predict_step(self, data: Any) -> Any:
+        return super().predict_step(data)
+
+
+class OwnLoss(keras.Sequential):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "method"),
+    [
+        (OwnStep, "fit", "train_step"),
+        (OwnStep, "predict", "predict_step"),
+        (OwnLoss, "fit", "compute_loss"),
+        (OwnLoss, "evaluate", "compute_loss"),
+    ],
+)
+def test_templates_with_steps_of_their_own_are_refused(kind: Any, step: str, method: str) -> None:
+    """C8: never silently skipped."""
+    parallel = pk.DataParallelModel(kind([keras.Input((3,)), keras.layers.Dense(1)]), 2)
+    parallel.compile("sgd", "mse")
+    data = [rows(4, 3)] if step == "predict" else [rows(4, 3), rows(4, 1)]
+    with pytest.raises(ValueError, match=f"The template overrides `{method}`.*Subclass"):
+        getattr(parallel, step)(*data, verbose=0)
+
+
+def test_missing_attribute() -> None:
+    """C1: an AttributeError, never a recursion, also on an object that is half made."""
+    parallel = pk.DataParallelModel(mlp(), 2)
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'.*template \(Sequential\)"):
+        _ = parallel.nothing
+    with pytest.raises(AttributeError, match="_private"):
+        _ = parallel._private
+    half = object.__new__(pk.DataParallelModel)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = half.nothing
+
+
+def test_towers_reduce_sums_only() -> None:
+    peers = Peers(*[tf.constant(1)] * 3, token=tf.constant(0), live=tf.constant(1.0))
+    with pytest.raises(ValueError, match=r"ReduceOp.SUM"):
+        TowerContext(peers).all_reduce(tf.distribute.ReduceOp.MEAN, tf.constant(1.0))
+
+
+class Fails(keras.layers.Layer):
+    fail = False
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        if self.fail:
+            raise RuntimeError("out of order")
+        return x
+
+
+def fails_when_called() -> keras.Model:
+    layer = Fails()
+    model = keras.Sequential([keras.Input((3,)), layer])
+    layer.fail = True
+    return model
+
+
+def test_errors_name_the_tower() -> None:
+    parallel = pk.DataParallelModel(fails_when_called(), ["CPU:1", "CPU:2"])
+    with pytest.raises(RuntimeError, match="(?s)out of order.*in tower 0 on device /device:CPU:1"):
+        parallel(rows(4, 3))
+    parallel.compile("sgd", "mse")
+    with pytest.raises(RuntimeError, match="(?s)out of order.*in tower 0 on device /device:CPU:1"):
+        parallel.fit(rows(4, 3), rows(4, 3), verbose=0)
+
+
+def test_another_backend_is_refused(tmp_path: Path) -> None:
+    fake = tmp_path / "keras"
+    fake.mkdir()
+    (fake / "__init__.py").write_text(
+        "class backend:\n    @staticmethod\n    def backend():\n        return 'jax'\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import parallel_keras"],
+        env=environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "ImportError: parallel_keras runs Keras models on TensorFlow devices" in done.stderr
+    assert "keras.backend.backend()='jax'" in done.stderr
+    assert "KERAS_BACKEND=tensorflow" in done.stderr
+
+
+# Every raise of the package, each with a test that matches its message. One that is new must be
+# tested and added here.
+RAISES = {
+    "__init__.py": 1,
+    "answers.py": 1,
+    "checks.py": 11,
+    "devices.py": 14,
+    "loss_step.py": 1,
+    "merge.py": 2,
+    "multi_gpu.py": 2,
+    "scope.py": 1,
+    "shard.py": 2,
+    "towers.py": 1,
+}
+
+
+def test_every_raise_is_known() -> None:
+    found = {}
+    for path in sorted(PACKAGE.glob("*.py")):
+        if path.name != "__main__.py":
+            tree = ast.parse(path.read_text())
+            found[path.name] = sum(isinstance(node, ast.Raise) for node in ast.walk(tree))
+    assert {name: count for name, count in found.items() if count} == RAISES
