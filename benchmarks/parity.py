@@ -25,7 +25,7 @@ CASES = ((64, 32), (60, 32), (33, 32), (50, 10), (21, 5))
 
 
 def build() -> keras.Model:
-    """A small convolutional net without BatchNormalization, compiled, the same weights each time."""
+    """A small compiled net without BatchNormalization, with the same weights each time."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [

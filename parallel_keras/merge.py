@@ -34,6 +34,7 @@ def outputs(parts: Sequence[Any], shards: Shards, rules: Mapping[str, str] | Non
             a first axis that is not the batch.
 
     Example:
+    >>> import numpy as np
     >>> from parallel_keras import merge, shard
     >>> shards = shard.shard(np.arange(5), 2)
     >>> merge.outputs(shards.parts, shards).numpy().tolist()

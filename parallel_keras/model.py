@@ -79,6 +79,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         ValueError: If an argument does not fit the machine or the template.
 
     Example:
+    >>> import numpy as np
     >>> template = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> parallel = DataParallelModel(template, devices=["CPU:0", "CPU:1"])
     >>> parallel.compile(optimizer="sgd", loss="mse")

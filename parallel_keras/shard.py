@@ -89,6 +89,7 @@ def shard(batch: Any, towers: int, whole: Collection[str] = ()) -> Shards:
         ValueError: If leaves have different numbers of rows, or no leaf has any.
 
     Example:
+    >>> import numpy as np
     >>> from parallel_keras import shard
     >>> parts, rows, total = shard.shard({"x": np.arange(5), "y": None}, 2)
     >>> [part["x"].numpy().tolist() for part in parts], rows, total

@@ -156,11 +156,11 @@ def fails_when_called() -> keras.Model:
 
 
 def test_errors_name_the_tower() -> None:
-    parallel = pk.DataParallelModel(fails_when_called(), ["CPU:1", "CPU:2"])
-    with pytest.raises(RuntimeError, match="(?s)out of order.*in tower 0 on device /device:CPU:1"):
+    parallel = pk.DataParallelModel(fails_when_called(), ["CPU:1", "CPU:2"], loss_on="merged")
+    with pytest.raises(RuntimeError, match=r"(?s)out of order.*in tower 0 on device /device:CPU:1"):
         parallel(rows(4, 3))
     parallel.compile("sgd", "mse")
-    with pytest.raises(RuntimeError, match="(?s)out of order.*in tower 0 on device /device:CPU:1"):
+    with pytest.raises(RuntimeError, match=r"(?s)out of order.*in tower 0 on device /device:CPU:1"):
         parallel.fit(rows(4, 3), rows(4, 3), verbose=0)
 
 

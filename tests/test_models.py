@@ -168,8 +168,8 @@ def test_historical_example(tmp_path: Any) -> None:
     devices = [f"CPU:{index}" for index in range(8)]
     parallel_model = pk.multi_gpu_model(model, gpus=devices)
     parallel_model.compile(loss="categorical_crossentropy", optimizer="rmsprop")
-    x = np.random.random((num_samples, height, width, 3))
-    y = np.random.random((num_samples, num_classes))
+    x = rng().random((num_samples, height, width, 3))
+    y = rng(1).random((num_samples, num_classes))
     before = model.get_weights()[0]
     history = parallel_model.fit(x, y, epochs=1, batch_size=16, verbose=0).history
     assert np.isfinite(history["loss"][0])

@@ -47,7 +47,7 @@ def test_number_must_fit(gpus: int) -> None:
 @pytest.mark.usefixtures("four_gpus")
 @pytest.mark.parametrize("gpus", [[1], ["GPU:1"]])
 def test_one_is_not_enough(gpus: list[Any]) -> None:
-    with pytest.raises(ValueError, match="name at least 2 devices.*DataParallelModel"):
+    with pytest.raises(ValueError, match=r"name at least 2 devices.*DataParallelModel"):
         pk.multi_gpu_model(mlp(), gpus)
 
 

@@ -1,5 +1,7 @@
 """Random layers and BatchNormalization: what is exact and what is not."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -119,5 +121,5 @@ def test_default_normalisation_is_by_shard() -> None:
     x = rows(10, 6)
     output = pk.DataParallelModel(model, 4)(x, training=True).numpy()
     starts = [0, 3, 6, 8, 10]
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in itertools.pairwise(starts):
         np.testing.assert_allclose(output[start:stop].mean(axis=0), 0, atol=1e-5)

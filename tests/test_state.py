@@ -127,7 +127,10 @@ def test_tower_seed() -> None:
     states = [tuple(tower_seed(seed, tf.constant(tower)).numpy()) for tower in range(8)]
     assert states[0] == (1234, 5)
     assert len(set(states)) == 8
-    later = [tuple(tower_seed(seed + [0, 1], tf.constant(tower)).numpy()) for tower in range(8)]
+    later = [
+        tuple(tower_seed(seed + tf.constant([0, 1], tf.int64), tf.constant(tower)).numpy())
+        for tower in range(8)
+    ]
     assert not set(states) & set(later)
 
 

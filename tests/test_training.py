@@ -317,9 +317,14 @@ def _maker(make: Any) -> Any:
 
 # --- optimizers ---------------------------------------------------------------------------------
 
+
+def _optimizer(name: str) -> Any:
+    return lambda: getattr(keras.optimizers, name)(0.01)
+
+
 OPTIMIZERS = {
     **{
-        name: (lambda name: lambda: getattr(keras.optimizers, name)(0.01))(name)
+        name: _optimizer(name)
         for name in (
             "SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Adafactor",
             "Nadam", "Ftrl", "Lion", "Lamb",
@@ -331,7 +336,9 @@ OPTIMIZERS = {
     "decay": lambda: keras.optimizers.SGD(0.1, weight_decay=0.1),
     "ema": lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=3),
     "accumulate": lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=3),
-    "schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)),
+    "schedule": lambda: keras.optimizers.SGD(
+        keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
+    ),
     "loss scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
     "fixed loss scale": lambda: keras.optimizers.SGD(0.1, loss_scale_factor=8.0),
 }  # fmt: skip
@@ -567,7 +574,7 @@ class UsesAnchors(keras.Model):
 def test_whole_leaf() -> None:
     """B4: https://github.com/pytorch/pytorch/issues/75442."""
     inputs = {"x": tf.constant(rows(7, 6)), "anchors": tf.constant(rows(6, 2, seed=1))}
-    with pytest.raises(ValueError, match="anchors.*must be declared"):
+    with pytest.raises(ValueError, match=r"anchors.*must be declared"):
         pk.DataParallelModel(UsesAnchors(), 3)(inputs)
     parallel = pk.DataParallelModel(UsesAnchors(), 3, rules={"anchors": "whole"})
     for name, expected in UsesAnchors()(inputs).items():

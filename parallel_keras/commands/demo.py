@@ -119,7 +119,7 @@ class Run:
         return statistics.median(self.seconds[1:])
 
 
-class _Stopwatch(keras.callbacks.Callback):  # type: ignore[misc]
+class _Stopwatch(keras.callbacks.Callback):
     """Takes the time of each epoch."""
 
     def __init__(self) -> None:
