@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -22,6 +23,7 @@ class ParallelSteps(keras.Model):
     loss_on: str
     merge_device: str
     devices: tuple[str, ...]
+    _parallel_call: Callable[..., Any]
     _runner: Runner
     _towers: Towers
 
@@ -89,8 +91,8 @@ class ParallelSteps(keras.Model):
         """Whether the next step to be traced computes the loss on the towers, and why not."""
         if len(self.devices) == 1 or self.loss_on == "merged":
             return losses.Decision(None, "there is one tower, or the merged batch is asked for")
-        if self._overrides("compute_loss"):
-            decision = losses.Decision(None, "compute_loss is overridden")
+        if self._overrides("compute_loss") or type(self).call is not type(self)._parallel_call:
+            decision = losses.Decision(None, "compute_loss or call is overridden")
         else:
             decision = losses.decide(self.loss)
         if self.loss_on == "towers":
@@ -137,7 +139,7 @@ class ParallelSteps(keras.Model):
                     if variable.regularizer is not None
                 ]
                 penalty = tf.add_n(penalties) if penalties else None
-                scaled = None if penalty is None else self.optimizer.scale_loss(penalty)
+                scaled = self.optimizer.scale_loss(penalty) if penalties and training else None
             loss = result.loss() if penalty is None else result.loss() + penalty
             if not training:
                 return loss
