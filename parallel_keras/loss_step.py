@@ -171,7 +171,8 @@ class StepResult:
         for tracker, *values in zip(
             _compat.loss_trackers(model), *[r["losses"] for r in self.results], strict=True
         ):
-            value = tf.add_n([v * s for v, s in zip(values, self.scales, strict=True)])
+            pairs = zip(values, self.scales, strict=True)
+            value = tf.add_n([value * tf.cast(scale, value.dtype) for value, scale in pairs])
             rows = self.shards.total
             # Keras weights this mean by the batch size where it is known while tracing.
             tracker.update_state(value, sample_weight=rows if isinstance(rows, int) else None)

@@ -132,7 +132,9 @@ def test_composition() -> None:
 
 @pytest.mark.parametrize("how", ["save", "config", "clone", "copy", "pickle"])
 def test_round_trips(how: str, tmp_path: Path) -> None:
-    parallel = pk.DataParallelModel(mlp(), ["CPU:1", "CPU:2"], merge_device="CPU:3", loss_on="merged")
+    parallel = pk.DataParallelModel(
+        mlp(), ["CPU:1", "CPU:2"], merge_device="CPU:3", loss_on="merged"
+    )
     inputs = keras.Input((6,))
     outer = keras.Model(inputs, parallel(inputs))
     path = str(tmp_path / "outer.keras")

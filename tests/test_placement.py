@@ -68,6 +68,12 @@ def test_each_tower_on_its_gpu(step: str, loss_on: str, merge_device: str) -> No
     assert set(by_device) == set(GPUS)
     backward = step == "train_step" and loss_on == "merged"
     assert {len(ops) for ops in by_device.values()} == {2 if backward else 1}
+    for device, ops in by_device.items():
+        # Weights are copied to the device first, each once: no tower reads them from afar.
+        copies = {value.name for op in ops for value in op.inputs if value.op.type == "Identity"}
+        own = {v.name for op in graph.get_operations() if op.device == device for v in op.outputs}
+        assert len(copies & own) >= len(parallel.template.variables)
+        assert not [value for op in ops for value in op.inputs if value.op.type == "ReadVariableOp"]
     merge = parallel.merge_device
     heavy = {"Conv2D", "Conv2DBackpropFilter", "MatMul", "FusedBatchNormV3"}
     for op in graph.get_operations():
