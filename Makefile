@@ -3,6 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The lower ends of the ranges in setup.cfg.
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= python3.10
+OLDEST_VERSIONS := tensorflow==2.16.2 keras==3.8.0
 CODE := parallel_keras tests conftest.py setup.py
 
 # Nothing but parallel_keras/_compat.py may reach into Keras' or TensorFlow's private parts.
@@ -13,16 +17,19 @@ PRIVATE := $(PRIVATE)|(get|set|has|del)attr\([^,()]+, *["']_[a-z]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types doctest docs private format clean
+.PHONY: help demo test test-oldest check lint types doctest docs private format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.extra-demo ## Train on digits on one device and on all; writes digits.keras, demo.png
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m parallel_keras demo
 
 test: $(VENV)/.extra-test ## Run the tests
 	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, TensorFlow and Keras
+	$(OLDEST)/bin/python -m pytest
 
 check: lint private types doctest docs ## Everything but the tests: style, types, examples, docs
 
@@ -48,7 +55,7 @@ format: $(VENV)/.extra-test ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
 
 clean: ## Remove .venv and all that is built or cached
-	rm -rf $(VENV) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems split ensurepip off from Python; there, the pip that is installed fills in.
@@ -60,6 +67,11 @@ $(VENV)/.created:
 # One install at a time, also under make -j: two pips in one environment break it.
 $(VENV)/.extra-%: setup.cfg setup.py $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+$(OLDEST)/.installed: setup.cfg setup.py
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[test]' $(OLDEST_VERSIONS)
 	touch $@
 
 .NOTPARALLEL:

@@ -63,10 +63,7 @@ def test_files_go_between_any_numbers_of_devices(form: str, tmp_path: Path) -> N
         path = str(tmp_path / f"{source}-{form}")
         (writer.save if form == "model.keras" else writer.save_weights)(path)
         for target in (0, 2, 3):
-            if form == "model.keras":
-                template = keras.saving.load_model(path)
-            else:
-                template = mlp()
+            template = keras.saving.load_model(path) if form == "model.keras" else mlp()
             reader = pk.DataParallelModel(template, target) if target else template
             if form != "model.keras":
                 reader.load_weights(path)

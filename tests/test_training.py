@@ -1,5 +1,6 @@
 """Losses, optimizers, precision, data of every kind: as on one device."""
 
+import inspect
 from collections import namedtuple
 from typing import Any
 
@@ -322,13 +323,15 @@ def _optimizer(name: str) -> Any:
     return lambda: getattr(keras.optimizers, name)(0.01)
 
 
+# All that this version of Keras has, without those that wrap others.
+WRAPPERS = {"Optimizer", "LossScaleOptimizer", "MultiOptimizer"}
 OPTIMIZERS = {
     **{
         name: _optimizer(name)
-        for name in (
-            "SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Adafactor",
-            "Nadam", "Ftrl", "Lion", "Lamb",
-        )
+        for name, value in vars(keras.optimizers).items()
+        if inspect.isclass(value)
+        and issubclass(value, keras.optimizers.Optimizer)
+        and name not in WRAPPERS
     },
     "clipnorm": lambda: keras.optimizers.SGD(0.1, clipnorm=0.1),
     "global_clipnorm": lambda: keras.optimizers.SGD(0.1, global_clipnorm=0.1),
