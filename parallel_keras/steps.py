@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -23,7 +22,7 @@ class ParallelSteps(keras.Model):
     loss_on: str
     merge_device: str
     devices: tuple[str, ...]
-    _parallel_call: Callable[..., Any]
+    _parallel_call: Any
     _runner: Runner
     _towers: Towers
 
@@ -91,7 +90,8 @@ class ParallelSteps(keras.Model):
         """Whether the next step to be traced computes the loss on the towers, and why not."""
         if len(self.devices) == 1 or self.loss_on == "merged":
             return losses.Decision(None, "there is one tower, or the merged batch is asked for")
-        if self._overrides("compute_loss") or type(self).call is not type(self)._parallel_call:
+        calls = type(self).call is not self._parallel_call.__func__
+        if self._overrides("compute_loss") or calls:
             decision = losses.Decision(None, "compute_loss or call is overridden")
         else:
             decision = losses.decide(self.loss)

@@ -255,6 +255,28 @@ def test_overridden_compute_loss() -> None:
     assert_same_fit(bare, parallel, x, y, batch_size=7, epochs=2)
 
 
+class OwnCall(pk.DataParallelModel):
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().call(inputs, *args, **kwargs)
+
+
+def test_overridden_call() -> None:
+    """What a subclass does to the merged outputs is part of the loss."""
+
+    def doubled() -> keras.Model:
+        model = mlp()
+        return keras.Sequential([keras.Input((6,)), *model.layers, keras.layers.Rescaling(2.0)])
+
+    x, y = rows(10, 6), rows(10, 3, seed=1)
+    keras.utils.set_random_seed(7)
+    bare = doubled()
+    parallel = OwnCall(mlp(), 4)
+    parallel.template.set_weights(bare.get_weights())
+    for model in (bare, parallel):
+        model.compile(keras.optimizers.SGD(0.05), "mse")
+    assert_same_fit(bare, parallel, x, y, batch_size=7, epochs=2)
+
+
 # --- metrics ------------------------------------------------------------------------------------
 
 
