@@ -13,8 +13,9 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
+from parallel_keras.losses import term_rule
 from parallel_keras.shard import Shards
-from parallel_keras.towers import Towers, call_template, talking_to
+from parallel_keras.towers import Towers, talking_to
 
 
 class NeedsWholeBatch(Exception):  # noqa: N818 (it asks for the other path, it is not an error)
@@ -91,10 +92,10 @@ class LossStep:
         tape = tf.GradientTape(watch_accessed_variables=False)
         with scope, talking_to(peers), tape:
             tape.watch(sources)
-            y_pred = call_template(self.towers.template, part["call"], training)
+            y_pred = self.towers.call_template(scope, part["call"], training)
             _check_rows(y_pred)
             own = _compat.data_loss(self.model, part["y"], y_pred, part["weights"])
-            loss = self._weighted(own, scope.losses, *scales)
+            loss = self._weighted(own, scope.terms, *scales)
         up = None if loss_scale is None else tf.cast(loss_scale, loss.dtype)
         gradients = tape.gradient(loss, sources, output_gradients=up) if sources else []
         with scope, talking_to(peers):
@@ -123,13 +124,18 @@ class LossStep:
         return [value_of[id(variable)] for variable in self.model.trainable_weights]
 
     def _weighted(
-        self, own: tf.Tensor, terms: list[tf.Tensor], scale: tf.Tensor, share: tf.Tensor
+        self,
+        own: tf.Tensor,
+        terms: dict[str, list[tf.Tensor]],
+        scale: tf.Tensor,
+        share: tf.Tensor,
     ) -> tf.Tensor:
         """This tower's part of the loss of the whole batch."""
-        term_scale = tf.sign(share) if self.towers.rules.get("add_loss") == "sum" else share
         loss = own * tf.cast(scale, own.dtype)
-        for term in terms:
-            loss += tf.cast(tf.reduce_sum(term), own.dtype) * tf.cast(term_scale, own.dtype)
+        for source, values in terms.items():
+            weight = tf.sign(share) if term_rule(source, self.towers.rules) == "sum" else share
+            for term in values:
+                loss += tf.cast(tf.reduce_sum(term), own.dtype) * tf.cast(weight, own.dtype)
         return loss
 
 

@@ -1,6 +1,7 @@
 """Which losses and metrics are the same number when each tower computes its part."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -89,6 +90,27 @@ _ADDITIVE_METRICS = (
 _COUPLED_LOSSES = ("Circle", "Dice", "Tversky")
 _COUPLED_FUNCTIONS = ("circle", "dice", "tversky")
 _SHAPE_RESOLVED = ("crossentropy", "ce")
+
+
+# Since Keras 3.15 activity regularisers are divided by the batch size; before, they are sums.
+_MEANS_SINCE = (3, 15)
+ACTIVITY_RULE = (
+    "mean" if tuple(map(int, keras.__version__.split(".")[:2])) >= _MEANS_SINCE else "sum"
+)
+
+
+def term_rule(source: str, rules: Mapping[str, str]) -> str:
+    """How the towers' terms of the loss are joined.
+
+    Args:
+        source: `"activity"` for activity regularisers, `"add_loss"` for calls of a
+            layer's own.
+        rules: What the user declared, by name.
+
+    Returns:
+        `"mean"`, weighted by rows, or `"sum"`.
+    """
+    return ACTIVITY_RULE if source == "activity" else rules.get("add_loss", "mean")
 
 
 @dataclasses.dataclass(frozen=True)

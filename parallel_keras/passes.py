@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import merge
+from parallel_keras.losses import term_rule
 from parallel_keras.shard import Shards
 
 
@@ -42,10 +43,13 @@ class Pass:
         with tf.device(self.merge_device):
             outputs = merge.outputs([r["outputs"] for r in self.results], self.shards, self.rules)
             masks = merge.outputs([r["masks"] for r in self.results], self.shards, self.rules)
-            terms = zip(*[result["losses"] for result in self.results], strict=True)
-            join = merge.mean if self.rules.get("add_loss") != "sum" else merge.live_sum
             shares = self.shards.shares() if len(self.results) > 1 else []
-            return outputs, masks, [join(list(term), shares) for term in terms]
+            terms = []
+            for source in self.results[0]["losses"]:
+                join = merge.live_sum if term_rule(source, self.rules) == "sum" else merge.mean
+                columns = zip(*[result["losses"][source] for result in self.results], strict=True)
+                terms += [join(list(column), shares) for column in columns]
+            return outputs, masks, terms
 
     def parts(self) -> list[list[tf.Tensor]]:
         """For each tower, everything of its result that a gradient can flow to."""

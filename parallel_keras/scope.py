@@ -1,7 +1,8 @@
 """Makes a model a pure function while it is called: reads, writes and reductions are caught."""
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -57,6 +58,8 @@ class TowerScope(keras.StatelessScope):
     Attributes:
         updates: What was assigned, by id of the variable: the variable and its
             values in order.
+        terms: What layers gave to `add_loss`, by where it came from: `"add_loss"`
+            for calls of their own, `"activity"` for activity regularisers.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class TowerScope(keras.StatelessScope):
         self._tower = tower
         self._reading_outside = False
         self.updates: dict[int, tuple[keras.Variable, list[tf.Tensor]]] = {}
+        self.terms: dict[str, list[tf.Tensor]] = {"activity": [], "add_loss": []}
+        self._source = "add_loss"
         own = [
             tower_seed(value, tower) if tower is not None and is_seed(variable) else value
             for variable, value in zip(variables, values, strict=True)
@@ -89,6 +94,44 @@ class TowerScope(keras.StatelessScope):
                 value += given - tf.stop_gradient(given)
         self.updates.setdefault(id(variable), (variable, []))[1].append(value)
         super().add_update((variable, value))
+
+    def add_loss(self, loss: tf.Tensor) -> None:
+        """Notes a term of the loss and where it came from.
+
+        Args:
+            loss: Tensor, the term.
+        """
+        self.terms[self._source].append(loss)
+        self._source = "add_loss"
+        super().add_loss(loss)
+
+    @contextlib.contextmanager
+    def telling_activity(self, layers: Sequence[keras.layers.Layer]) -> Iterator[None]:
+        """Inside, terms of activity regularisers are told from those of `add_loss`.
+
+        Keras calls the regulariser and adds its result as a term right after. The two
+        have rules of their own, see `losses.ACTIVITY_RULE`.
+
+        Args:
+            layers: All layers of the model.
+        """
+
+        def telling(regularizer: Any) -> Any:
+            def regularize(output: Any) -> Any:
+                self._source = "activity"
+                return regularizer(output)
+
+            return regularize
+
+        given = {layer: layer.activity_regularizer for layer in layers}
+        regularized = {layer: given[layer] for layer in layers if given[layer] is not None}
+        try:
+            for layer, regularizer in regularized.items():
+                layer.activity_regularizer = telling(regularizer)
+            yield
+        finally:
+            for layer, regularizer in regularized.items():
+                layer.activity_regularizer = regularizer
 
     def latest(self, variable: keras.Variable) -> tf.Tensor:
         """The value of one of the given variables, as it is now."""

@@ -166,6 +166,12 @@ class Towers:
             (constant if tied else varying)[self._index(variable)] = values
         return varying, constant
 
+    def call_template(self, scope: TowerScope, call: Call, training: Any) -> Any:
+        """Calls the template with the masks of its arguments attached to them."""
+        keras.tree.map_structure(_compat.set_mask, call["args"], call["masks"])
+        with scope.telling_activity(_compat.all_layers(self.template)):
+            return self.template(*call["args"], training=training, **call["kwargs"])
+
     def on_tower(
         self,
         weights: list[tf.Tensor],
@@ -176,12 +182,12 @@ class Towers:
     ) -> dict[str, Any]:
         """The tower function: nothing outside of it is changed."""
         with self.scope(weights, tower) as scope, talking_to(peers):
-            outputs = call_template(self.template, call, training)
+            outputs = self.call_template(scope, call, training)
         state, constant = self.updates(scope, (call, tower))
         return {
             "outputs": outputs,
             "masks": keras.tree.map_structure(_compat.get_mask, outputs),
-            "losses": list(scope.losses),
+            "losses": scope.terms,
             "state": state,
             "constant": constant,
         }
@@ -255,12 +261,6 @@ class Towers:
             return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
 
         return keras.tree.map_structure(hide, part)
-
-
-def call_template(template: keras.Model, call: Call, training: Any) -> Any:
-    """Calls a model with the masks of its arguments attached to them."""
-    keras.tree.map_structure(_compat.set_mask, call["args"], call["masks"])
-    return template(*call["args"], training=training, **call["kwargs"])
 
 
 @contextlib.contextmanager
