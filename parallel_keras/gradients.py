@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.passes import Pass
+from parallel_keras.passes import Pass, floats
 from parallel_keras.towers import Call, Towers
 
 Merged = tuple[Any, Any, list[tf.Tensor]]
@@ -154,7 +154,7 @@ class _Differentiable:
         @tf.custom_gradient
         def forward(*values: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
             pass_, cutting, joining, merged = self._run(values)
-            flat = _floats(merged)
+            flat = floats(merged)
             results["pass"], results["merged"] = pass_, merged
 
             def gradient(*upstream: Any, variables: Any = None) -> Any:
@@ -179,7 +179,7 @@ class _Differentiable:
             shards = self._towers.cut(call)
 
         def watch(own: list[tf.Tensor], part: Any) -> list[tf.Tensor]:
-            return [*(own[index] for index in self._trainable), *_floats(part)]
+            return [*(own[index] for index in self._trainable), *floats(part)]
 
         pass_ = self._towers.forward(shards, weights, self._training, watch)
         with tf.GradientTape(persistent=True) as joining:
@@ -203,7 +203,7 @@ class _Differentiable:
         count = len(self._trainable)
         with tf.device(device):
             weights = [merge.total(_column(towers, index)) for index in range(count)]
-            parts = [leaf for part in pass_.shards.parts for leaf in _floats(part)]
+            parts = [leaf for part in pass_.shards.parts for leaf in floats(part)]
             part_gradients = [gradient for tower in towers for gradient in tower[count:]]
             reached = [
                 pair for pair in zip(parts, part_gradients, strict=True) if pair[1] is not None
@@ -249,17 +249,9 @@ def _assign(pass_: Pass) -> None:
         variable.assign(value)
 
 
-def _floats(nest: Any) -> list[tf.Tensor]:
-    return [
-        leaf
-        for leaf in tf.nest.flatten(nest, expand_composites=True)
-        if tf.is_tensor(leaf) and leaf.dtype.is_floating
-    ]
-
-
-def _with_floats(nest: Any, floats: Sequence[tf.Tensor]) -> Any:
-    """The nest with its float tensors replaced, in the order of `_floats`."""
-    replacements = iter(floats)
+def _with_floats(nest: Any, values: Sequence[tf.Tensor]) -> Any:
+    """The nest with its float tensors replaced, in the order of `floats`."""
+    replacements = iter(values)
     flat = [
         next(replacements) if tf.is_tensor(leaf) and leaf.dtype.is_floating else leaf
         for leaf in tf.nest.flatten(nest, expand_composites=True)

@@ -14,8 +14,9 @@ import tensorflow as tf
 
 from parallel_keras import _compat, merge
 from parallel_keras.losses import term_rule
+from parallel_keras.scope import talking_to
 from parallel_keras.shard import Shards
-from parallel_keras.towers import Towers, talking_to
+from parallel_keras.towers import Towers
 
 
 class NeedsWholeBatch(Exception):  # noqa: N818 (it asks for the other path, it is not an error)

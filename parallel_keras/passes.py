@@ -53,14 +53,7 @@ class Pass:
 
     def parts(self) -> list[list[tf.Tensor]]:
         """For each tower, everything of its result that a gradient can flow to."""
-        return [
-            [
-                leaf
-                for leaf in tf.nest.flatten((r["outputs"], r["losses"]), expand_composites=True)
-                if tf.is_tensor(leaf) and leaf.dtype.is_floating
-            ]
-            for r in self.results
-        ]
+        return [floats((result["outputs"], result["losses"])) for result in self.results]
 
     def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:
         """Gradients of each tower's sources, computed on its device.
@@ -77,6 +70,12 @@ class Pass:
                 self.devices, self.tapes, self.parts(), upstream, self.sources, strict=True
             )
         ]
+
+
+def floats(nest: Any) -> list[tf.Tensor]:
+    """The float tensors of a nest, also those inside of ragged and sparse ones."""
+    leaves = tf.nest.flatten(nest, expand_composites=True)
+    return [leaf for leaf in leaves if tf.is_tensor(leaf) and leaf.dtype.is_floating]
 
 
 def _tower_gradients(

@@ -212,6 +212,13 @@ class TowerContext(tf.distribute.ReplicaContext):
         return tf.ensure_shape(merged, value.shape)
 
 
+@contextlib.contextmanager
+def talking_to(peers: Peers | tf.Tensor | None) -> Iterator[None]:
+    """Lets layers reduce over the other towers, if there are any."""
+    with TowerContext(peers) if isinstance(peers, Peers) else contextlib.nullcontext():
+        yield
+
+
 def _op_name(reduce_op: Any) -> str:
     return str(getattr(reduce_op, "value", reduce_op)).upper()
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.passes import Pass
-from parallel_keras.scope import Peers, TowerContext, TowerScope, depends_on, peer_keys
+from parallel_keras.scope import Peers, TowerScope, depends_on, peer_keys, talking_to
 from parallel_keras.shard import Shards, shard
 from parallel_keras.state import StateRules, Updates
 
@@ -261,13 +261,6 @@ class Towers:
             return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
 
         return keras.tree.map_structure(hide, part)
-
-
-@contextlib.contextmanager
-def talking_to(peers: Peers | tf.Tensor | None) -> Iterator[None]:
-    """Lets layers reduce over the other towers, if there are any."""
-    with TowerContext(peers) if isinstance(peers, Peers) else contextlib.nullcontext():
-        yield
 
 
 @contextlib.contextmanager
