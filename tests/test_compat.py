@@ -1,10 +1,13 @@
 """What the private parts of Keras do today, and that there is still no public way."""
 
+import ast
+import inspect
 import re
 from pathlib import Path
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
@@ -127,3 +130,104 @@ def test_nothing_private_is_used_elsewhere() -> None:
         if private.search(line)
     ]
     assert uses == []
+
+
+def test_no_mask_is_not_attached() -> None:
+    tensor = tf.zeros(1)
+    _compat.set_mask(tensor, None)
+    assert not hasattr(tensor, "_keras_mask")
+    _compat.set_mask(tensor, tf.constant([True]))
+    _compat.set_mask(tensor, None)
+    assert _compat.get_mask(tensor) is not None
+
+
+def test_data_loss_is_without_what_compute_loss_adds() -> None:
+    regularizer = keras.regularizers.L2(1.0)
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(3, kernel_regularizer=regularizer)]
+    )
+    model.compile("sgd", "mse", weighted_metrics=["mse"])
+    x, y, weights = rows(4, 6), rows(4, 3), np.array([1, 0, 2, 5], "float32")
+    y_pred = model(x)
+    expected = np.mean(weights * np.mean((y - y_pred) ** 2, axis=1))
+    np.testing.assert_allclose(_compat.data_loss(model, y, y_pred, weights), expected, rtol=1e-6)
+    public = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=weights)
+    assert float(public) > expected + 0.1
+    _compat.update_metrics(model, y, y_pred, weights)
+    np.testing.assert_allclose(
+        _compat.compiled_metrics(model)[0].result(), expected * 4 / weights.sum(), rtol=1e-6
+    )
+    assert not hasattr(model, "data_loss")
+
+
+def test_loss_trackers_are_among_other_metrics() -> None:
+    inputs = keras.Input((6,))
+    outputs = {name: keras.layers.Dense(3, name=name)(inputs) for name in "ab"}
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", {"a": "mse", "b": "mae"}, metrics={"a": ["mae"]})
+    model.fit(rows(4, 6), {"a": rows(4, 3), "b": rows(4, 3)}, verbose=0)
+    trackers = _compat.loss_trackers(model)
+    assert [tracker.name for tracker in trackers] == ["a_loss", "b_loss"]
+    assert len(model.metrics) > len(trackers)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int32"])
+def test_moved_variables_stay_what_they_were(dtype: str, trainable: bool) -> None:
+    variable = keras.Variable(np.arange(3), dtype=dtype, trainable=trainable, name="moved")
+    _compat.move_variable(variable, "/CPU:2")
+    assert variable.trainable == variable.value.trainable == trainable
+    assert variable.dtype == variable.value.dtype.name == dtype
+    variable.assign([4, 5, 6])
+    np.testing.assert_array_equal(variable.numpy(), [4, 5, 6])
+
+
+def test_every_function_has_a_test() -> None:
+    public = {name for name, value in vars(_compat).items() if inspect.isfunction(value)}
+    used = set(re.findall(r"_compat\.(\w+)\(", Path(__file__).read_text()))
+    assert public <= used
+
+
+def foreign_private_names(source: str) -> list[str]:
+    """Private attributes of other objects than `self` and `cls`, and private imports."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+            owner = node.value
+            if not (isinstance(owner, ast.Name) and owner.id in ("self", "cls")):
+                found.append(ast.unparse(node))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            found += [
+                name
+                for name in names
+                if re.search(r"keras\.src|tensorflow\.python|__internal__", name)
+            ]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and re.match(r"_[a-z]", str(name.value)):
+                found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x._keras_mask",
+        "self.model._compile_loss",
+        "getattr(x, '_keras_mask', None)",
+        "from keras.src import backend",
+        "import tensorflow.python.eager",
+    ],
+)
+def test_private_uses_are_found(source: str) -> None:
+    assert foreign_private_names(source)
+
+
+def test_no_private_attribute_of_others_is_used_elsewhere() -> None:
+    uses = {
+        path.name: foreign_private_names(path.read_text())
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "_compat.py"
+    }
+    assert {name: found for name, found in uses.items() if found} == {}

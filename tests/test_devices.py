@@ -12,6 +12,7 @@ from parallel_keras import devices
 
 Device = collections.namedtuple("Device", ["name", "device_type"])
 CPU = ["/device:CPU:0"]
+CPUS = [f"/device:CPU:{index}" for index in range(4)]
 GPUS = CPU + [f"/device:GPU:{index}" for index in range(8)]
 CLUSTER = CPU + [
     f"/job:worker/replica:0/task:{task}/device:{kind}:0"
@@ -39,6 +40,13 @@ def machine(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
         (GPUS, ["/device:GPU:7", "cpu:0"], [GPUS[8], GPUS[0]]),
         (GPUS, ("/device:gpu:1", "/CPU:0"), (GPUS[2], GPUS[0])),
         (GPUS, ["GPU"], [GPUS[1]]),
+        (GPUS, ["/job:localhost/replica:0/task:0/device:CPU:0"], CPU),
+        (GPUS, ["/job:localhost/replica:0/task:0/device:GPU:3"], [GPUS[4]]),
+        (GPUS, ["/job:localhost/device:GPU:3", "/replica:0/task:0/gpu:1"], [GPUS[4], GPUS[2]]),
+        (GPUS, range(2), GPUS[1:3]),
+        (CPUS, None, CPUS),
+        (CPUS, 2, CPUS[:2]),
+        (CPUS, ["cpu:2", "CPU:0"], [CPUS[2], CPUS[0]]),
         (CLUSTER, ["/job:worker/task:1/device:CPU:0"], [CLUSTER[3]]),
         (CLUSTER, ["/job:worker/replica:0/task:0/device:GPU:0"], [CLUSTER[2]]),
     ],
@@ -70,6 +78,17 @@ def test_spellings(
         (GPUS, 1.5, TypeError, "None, an int, or a list"),
         (GPUS, [1.5], TypeError, "GPU id .int. or a device name"),
         (GPUS, [True], TypeError, "GPU id .int. or a device name"),
+        (GPUS, [None], TypeError, "GPU id .int. or a device name"),
+        (GPUS, {"GPU:1"}, TypeError, "None, an int, or a list"),
+        (GPUS, -1, ValueError, r"between 1 and 8.*devices=-1"),
+        (GPUS, [-1], ValueError, r"Received: -1, which does not exist.*GPU:7"),
+        (GPUS, ["/physical_device:GPU:0"], ValueError, r"Expected a device name.*GPU:7"),
+        (GPUS, [""], ValueError, r"which does not exist.*GPU:7"),
+        (GPUS, [1, 2, 1], ValueError, r"GPU:1 is named more than once.*\[1, 2, 1\].*GPU:7"),
+        (GPUS, ["/job:localhost/task:1/GPU:0"], ValueError, "which does not exist"),
+        (CLUSTER, ["/job:worker/task:2/CPU:0"], ValueError, r"does not exist.*task:1"),
+        (CLUSTER, ["/job:worker/replica:1/task:0/CPU:0"], ValueError, "does not exist"),
+        (CLUSTER, ["/job:ps/replica:0/task:0/CPU:0"], ValueError, "does not exist"),
     ],
 )
 def test_errors(
@@ -107,3 +126,51 @@ def test_virtual_devices_before_the_start() -> None:
         "assert pk.devices.resolve() == tuple(names)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_what_tensors_say_of_their_device_is_a_name() -> None:
+    """A variable's device is what users have at hand."""
+    with tf.device("/CPU:2"):
+        where = tf.Variable(1.0).device
+    assert devices.resolve([where]) == ("/device:CPU:2",)
+
+
+@pytest.mark.parametrize("wanted", [99, [], ["TPU:0"], [7], ["GPU:x"], ["CPU:1", "cpu:1"]])
+def test_errors_list_what_exists(monkeypatch: pytest.MonkeyPatch, wanted: Any) -> None:
+    machine(monkeypatch, CPUS)
+    with pytest.raises(ValueError, match="Received") as caught:
+        devices.resolve(wanted)
+    for name in CPUS:
+        assert name in str(caught.value)
+
+
+def test_virtual_devices_after_the_start() -> None:
+    """In a process of its own: nothing that the tests set up plays a part."""
+    code = (
+        "import parallel_keras as pk, tensorflow as tf\n"
+        "tf.zeros(1)\n"
+        "try:\n"
+        "    pk.virtual_devices(2)\n"
+        "except ValueError as error:\n"
+        "    assert 'before TensorFlow starts its runtime' in str(error), error\n"
+        "    assert 'count=2' in str(error) and 'top of the script' in str(error), error\n"
+        "else:\n"
+        "    raise SystemExit('nothing was raised')\n"
+        "assert len(tf.config.list_logical_devices('CPU')) == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", ["GPU", "gpu"])
+def test_virtual_gpus_share_the_first_one(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: ["first", "second"])
+    monkeypatch.setattr(
+        tf.config, "set_logical_device_configuration", lambda *args: asked.append(args)
+    )
+    names = devices.virtual_devices(2, kind, memory_limit=100)
+    assert names == ["/device:GPU:0", "/device:GPU:1"]
+    [(device, parts)] = asked
+    assert device == "first"
+    assert [part.memory_limit for part in parts] == [100, 100]
+    assert devices.virtual_devices(1, kind) == ["/device:GPU:0"]

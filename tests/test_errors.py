@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
+from parallel_keras import checks, losses, towers
 from parallel_keras.scope import Peers, TowerContext
 from tests.parity import mlp, rows
 
@@ -200,7 +201,114 @@ RAISES = {
 def test_every_raise_is_known() -> None:
     found = {}
     for path in sorted(PACKAGE.glob("*.py")):
-        if path.name != "__main__.py":
+        if path.name != "__main__.py":  # Ends the program, see tests of the commands.
             tree = ast.parse(path.read_text())
             found[path.name] = sum(isinstance(node, ast.Raise) for node in ast.walk(tree))
     assert {name: count for name, count in found.items() if count} == RAISES
+
+
+def test_models_of_keras_2_are_recognised() -> None:
+    with pytest.raises(TypeError, match=r"type object\).*tf_keras .Keras 2. must be rebuilt"):
+        pk.DataParallelModel(object())
+
+
+@pytest.mark.parametrize("make", [stateful, fixed_batch])
+def test_one_tower_runs_any_template(make: Any) -> None:
+    checks.check_template(make(), 1)
+    with pytest.raises(ValueError, match=r"(of|among) 2 devices"):
+        checks.check_template(make(), 2)
+
+
+def test_one_tower_compiles_synchronized_layers() -> None:
+    layer = keras.layers.BatchNormalization(synchronized=True)
+    parallel = pk.DataParallelModel(keras.Sequential([keras.Input((3,)), layer]), 1)
+    parallel.compile("sgd", "mse", run_eagerly=True)
+    checks.check_compile(parallel.template, 1, jit=True)
+    with pytest.raises(ValueError, match=r"over 2 devices.*jit_compile=True"):
+        checks.check_compile(parallel.template, 2, jit=True)
+
+
+@pytest.mark.parametrize("method", ["train_step", "test_step", "predict_step", "compute_metrics"])
+def test_overrides_are_named(method: str) -> None:
+    plain = keras.Sequential([keras.layers.Dense(1)])
+    checks.check_overrides(plain, (method,))
+    own = type("Own", (keras.Sequential,), {method: lambda self, *args, **kwargs: None})
+    checks.check_overrides(own(), ())
+    with pytest.raises(ValueError, match=rf"overrides `{method}`.*type Own.*Subclass"):
+        checks.check_overrides(own(), (method,))
+
+
+def test_loss_on_towers_needs_a_sum_over_rows() -> None:
+    checks.check_towers_loss(losses.decide("mse"))
+    with pytest.raises(ValueError, match=r'Dice looks at.*loss_on="towers".*loss_on="auto"'):
+        checks.check_towers_loss(losses.decide(keras.losses.Dice()))
+    parallel = pk.DataParallelModel(mlp(), 2, loss_on="towers")
+    parallel.compile("sgd", keras.losses.Dice())
+    with pytest.raises(ValueError, match="Dice looks at several rows at once"):
+        parallel.fit(rows(4, 6), rows(4, 3), verbose=0)
+
+
+def test_outputs_are_not_merged_unasked() -> None:
+    cause = RuntimeError("found while tracing")
+    checks.check_may_merge("auto", cause)
+    with pytest.raises(ValueError, match="has a mask, or no axis besides rows") as caught:
+        checks.check_may_merge("towers", cause)
+    assert caught.value.__cause__ is cause
+
+
+@pytest.mark.parametrize("loss_on", ["auto", "towers"])
+def test_outputs_of_rank_1_need_the_whole_batch(loss_on: str) -> None:
+    """The signal between the two paths never reaches the user."""
+    template = keras.Sequential([keras.Input((6,)), keras.layers.Lambda(lambda x: x[:, 0])])
+    parallel = pk.DataParallelModel(template, 2, loss_on=loss_on)
+    parallel.compile("sgd", "mse")
+    if loss_on == "auto":
+        parallel.evaluate(rows(4, 6), rows(4), verbose=0)
+        return
+    with pytest.raises(ValueError, match="no axis besides rows"):
+        parallel.evaluate(rows(4, 6), rows(4), verbose=0)
+
+
+class FailsLate(keras.layers.Layer):
+    """Raises what it is told to, for the tower whose first row begins with 7."""
+
+    error: Exception | None = None
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        if self.error is not None and float(x[0, 0]) == 7:
+            raise self.error
+        return x
+
+
+def test_errors_name_the_tower_that_failed() -> None:
+    """The second one, where each runs by itself."""
+    layer = FailsLate()
+    parallel = pk.DataParallelModel(
+        keras.Sequential([keras.Input((3,)), layer]), ["CPU:1", "CPU:3"]
+    )
+    parallel.compile("sgd", "mse", run_eagerly=True)
+    layer.error = RuntimeError("out of order")
+    x = np.zeros((4, 3), "float32")
+    parallel(x)
+    x[2] = 7
+    with pytest.raises(RuntimeError, match=r"(?s)out of order.*in tower 1 on device /device:CPU:3"):
+        parallel(x)
+
+
+@pytest.mark.parametrize("arguments", [(), (404,), (404, "not found")])
+def test_errors_without_a_message_are_left_alone(arguments: tuple[Any, ...]) -> None:
+    error = RuntimeError(*arguments)
+    with pytest.raises(RuntimeError) as caught, towers._named(0, "/device:CPU:1"):
+        raise error
+    assert caught.value is error
+    assert error.args == arguments
+
+
+def test_private_names_are_not_handed_on() -> None:
+    """Keras asks for them to find out what an object is."""
+    template = mlp()
+    template.own, template._own = 1, 2
+    parallel = pk.DataParallelModel(template, 2)
+    assert parallel.own == 1
+    with pytest.raises(AttributeError, match="no attribute '_own'"):
+        _ = parallel._own

@@ -139,3 +139,170 @@ def test_moving_moments(updates: int) -> None:
     expected_means, expected_variance = moved(calls)
     assert float(mean) == pytest.approx(expected_means[-1], rel=1e-5)
     assert float(variance) == pytest.approx(expected_variance, rel=1e-5)
+
+
+SHARES = (np.array([3, 2, 2]) / 7).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_mean_is_numpys(dtype: str) -> None:
+    """In its own precision, imaginary parts included."""
+    random = np.random.default_rng(0)
+    values = random.normal(size=(3, 4)).astype(dtype)
+    if "complex" in dtype:
+        values += 1j * random.normal(size=(3, 4))
+    merged = merge.mean([tf.constant(value) for value in values], tf.constant(SHARES, tf.float64))
+    rtol = 1e-14 if dtype in ("float64", "complex128") else 1e-6
+    np.testing.assert_allclose(merged, np.average(values, axis=0, weights=SHARES), rtol=rtol)
+
+
+def test_mean_of_half_precision_is_rounded_once() -> None:
+    values = np.random.default_rng(1).normal(size=(3, 999)).astype("float16")
+    merged = merge.mean([tf.constant(value) for value in values], SHARES)
+    expected = np.average(values.astype("float64"), axis=0, weights=SHARES).astype("float16")
+    # float32 may fall on the other side of a tie, by one unit in the last place.
+    np.testing.assert_array_max_ulp(merged.numpy(), expected, maxulp=1)
+    assert np.mean(merged.numpy() == expected) > 0.99
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("int32", 2**24 + 1), ("int64", 2**40 + 1)])
+def test_mean_of_equal_integers_is_that_integer(dtype: str, value: int) -> None:
+    """Such as a step counter that a model returns."""
+    assert int(merge.outputs([tf.constant(value, dtype)] * 2, SHARDS)) == value
+
+
+def test_mean_of_integers_is_rounded() -> None:
+    assert int(merge.mean([tf.constant(1), tf.constant(2)], [0.4, 0.6])) == 2
+    assert int(merge.mean([tf.constant(1), tf.constant(2)], [0.6, 0.4])) == 1
+
+
+def test_one_tower_keeps_its_own() -> None:
+    """The very tensors: nothing is computed."""
+    one, batch = tf.constant(0.1), tf.ones((3, 2))
+    for merged in (
+        merge.mean([one], []),
+        merge.live_sum([one], []),
+        merge.total([one]),
+        merge.increments(tf.constant(9.0), [one], []),
+        merge.moving_moments([[batch, one]], [one], [], 0.9)[0],
+        merge.moving_moments([[batch, one]], [one], [], 0.9)[1],
+    ):
+        assert merged is one
+    assert merge.outputs([batch], Shards([batch], [3], 3)) is batch
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [(None, 3.0), ("mean", 3.0), ("pad", 3.0), ("sum", 7.0), ("whole", 1.0)]
+)
+def test_rules_for_scalars(rule: str | None, expected: float) -> None:
+    parts = [{"a": [{"b": tf.constant(1.0)}]}, {"a": [{"b": tf.constant(6.0)}]}]
+    merged = merge.outputs(parts, SHARDS, {"b": rule} if rule else None)
+    assert float(merged["a"][0]["b"]) == pytest.approx(expected)
+    unnamed = merge.outputs(parts, SHARDS, {"a": rule or "sum", "output": rule or "sum"})
+    assert float(unnamed["a"][0]["b"]) == pytest.approx(3.0)
+
+
+def test_live_sum_is_numpys() -> None:
+    values = np.random.default_rng(0).integers(-9, 9, (3, 4))
+    merged = merge.live_sum([tf.constant(value) for value in values], SHARES)
+    np.testing.assert_array_equal(merged, values.sum(axis=0))
+    assert merged.dtype == tf.int64
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "float32", "float64"])
+def test_increments_are_added_once(dtype: str) -> None:
+    added = np.array([[1, 2], [3, 4], [5, 6]])
+    old = np.array([10, 20])
+    new = [tf.cast(old + by, dtype) for by in added]
+    merged = merge.increments(tf.cast(old, dtype), new, SHARES)
+    np.testing.assert_array_equal(merged, [10 + 9, 20 + 12])
+    assert merged.dtype == dtype
+
+
+def test_flags_of_a_stand_in_count_for_nothing() -> None:
+    flags = [tf.constant(False), tf.constant(False), tf.constant(True)]
+    assert not bool(merge.increments(tf.constant(False), flags, [0.5, 0.5, 0.0]))
+    assert bool(merge.increments(tf.constant(False), flags[::-1], [0.5, 0.5, 0.0]))
+
+
+def test_sparse_gradients_keep_their_dense_shape_and_duplicates() -> None:
+    """The optimizer adds up rows of one index, and needs to know how many rows there are."""
+    part = tf.IndexedSlices(tf.constant([[1.0]]), tf.constant([2]), tf.constant([5, 1]))
+    merged = merge.total([part, None, part])
+    np.testing.assert_array_equal(merged.indices, [2, 2])
+    np.testing.assert_array_equal(merged.values, [[1], [1]])
+    np.testing.assert_array_equal(merged.dense_shape, [5, 1])
+
+
+def test_pad_for_sizes_that_are_found_at_run_time() -> None:
+    spec = [tf.TensorSpec([None, None])] * 3
+    join = tf.function(
+        lambda *parts: merge.outputs(parts, STAND_IN, {"output": "pad"}), input_signature=spec
+    )
+    merged = join(tf.fill((1, 1), 1.0), tf.fill((1, 3), 2.0), tf.fill((1, 2), np.nan))
+    np.testing.assert_array_equal(merged, [[1, 0, 0], [2, 2, 2]])
+
+
+@pytest.mark.parametrize("kind", ["sparse", "ragged"])
+def test_other_sizes_are_refused_by_name_whatever_the_kind(kind: str) -> None:
+    def part(rows: int, width: int) -> dict[str, Any]:
+        if kind == "sparse":
+            return {"boxes": tf.sparse.from_dense(np.ones((rows, width)))}
+        return {"boxes": tf.RaggedTensor.from_row_lengths(tf.ones((rows, width)), [1] * rows)}
+
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="output boxes"):
+        merge.outputs([part(3, 2), part(2, 4)], SHARDS)
+
+
+def test_other_ranks_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"the output to have .*shapes=\[\(3, 2\), \(2,\)\]"):
+        merge.outputs([tf.ones((3, 2)), tf.ones(2)], SHARDS)
+
+
+def test_first_axis_must_be_the_batch_also_of_unknown_size() -> None:
+    shards = Shards([None] * 2, [tf.constant(1), tf.constant(1)], tf.constant(2))
+    with pytest.raises(ValueError, match=r"output boxes to be the batch.*a varying number of rows"):
+        merge.outputs([{"boxes": tf.ones((7, 2))}] * 2, shards)
+
+
+def test_moving_moments_ignore_what_a_stand_in_did() -> None:
+    means = [[tf.constant(0.5), tf.constant(value)] for value in (1.0, 3.0, np.nan)]
+    variances = [tf.constant(value) for value in (1.0, 2.0, np.nan)]
+    with_it = merge.moving_moments(means, variances, [0.5, 0.5, 0.0], 0.9)
+    without = merge.moving_moments(means[:2], variances[:2], [0.5, 0.5], 0.9)
+    np.testing.assert_allclose(with_it, without, rtol=1e-6)
+
+
+def test_moving_moments_that_do_not_move() -> None:
+    """Momentum 1 divides by nothing."""
+    old = [tf.constant(0.5), tf.constant(0.5)]
+    mean, variance = merge.moving_moments([old, old], [tf.constant(2.0)] * 2, [0.6, 0.4], 1.0)
+    assert float(mean) == 0.5
+    assert float(variance) == 2.0
+
+
+def test_moving_moments_of_each_channel() -> None:
+    random = np.random.default_rng(2)
+    batch, momentum = random.normal(size=(7, 3)), 0.7
+    cuts = np.split(batch, [3, 5])
+    mean, variance = merge.moving_moments(
+        [[tf.zeros(3, tf.float64), tf.constant((1 - momentum) * c.mean(0))] for c in cuts],
+        [tf.constant(momentum + (1 - momentum) * c.var(0)) for c in cuts],
+        SHARES,
+        momentum,
+    )
+    # The shares are Python floats: TensorFlow takes those as float32.
+    np.testing.assert_allclose(mean, (1 - momentum) * batch.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(variance, momentum + (1 - momentum) * batch.var(0), rtol=1e-6)
+
+
+def test_the_check_of_sizes_comes_before_the_outputs() -> None:
+    """In a plain graph nothing runs but what is waited for."""
+    with tf.Graph().as_default():
+        parts = [tf.compat.v1.placeholder(tf.float32, [None, None]) for _ in range(2)]
+        merged = merge.outputs(parts, SHARDS)
+        with (
+            tf.compat.v1.Session() as session,
+            pytest.raises(tf.errors.InvalidArgumentError, match="the output to have the same size"),
+        ):
+            session.run(merged, {parts[0]: np.ones((3, 2)), parts[1]: np.ones((2, 4))})

@@ -77,3 +77,76 @@ def test_relocation_trains_the_very_model() -> None:
     parallel.fit(rows(8, 6), rows(8, 3), verbose=0)
     assert not np.array_equal(model.get_weights()[0], before[0])
     assert isinstance(parallel, keras.Model)
+
+
+def small() -> keras.Model:
+    keras.utils.set_random_seed(5)
+    with tf.device("/CPU:3"):
+        return mlp()
+
+
+def test_weights_stay_where_they_are_by_default() -> None:
+    model = small()
+    pk.multi_gpu_model(model, ["CPU:1", "CPU:2"])
+    assert {variable.value.device[-5:] for variable in model.variables} == {"CPU:3"}
+
+
+@pytest.mark.parametrize("cpu_merge", [True, False])
+def test_names_of_cpus(cpu_merge: bool) -> None:
+    parallel = pk.multi_gpu_model(mlp(), ("CPU:2", "/cpu:1"), cpu_merge=cpu_merge)
+    assert parallel.devices == ("/device:CPU:2", "/device:CPU:1")
+    assert parallel.merge_device == ("/device:CPU:0" if cpu_merge else "/device:CPU:2")
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize("gpus", [True, "GPU:1", 2.0, {0, 1}])
+def test_other_types_are_refused(gpus: Any) -> None:
+    with pytest.raises(TypeError, match="Received: devices="):
+        pk.multi_gpu_model(mlp(), gpus)
+
+
+@pytest.mark.parametrize("relocated", [False, True])
+def test_relocation_changes_no_number(relocated: bool) -> None:
+    """Uneven batches, against the bare model on one device."""
+    bare, x, y = small(), rows(11, 6), rows(11, 3, seed=1)
+    parallel = pk.multi_gpu_model(small(), ["CPU:1", "CPU:2"], cpu_relocation=relocated)
+    for model in (bare, parallel):
+        model.compile("adam", "mse")
+        model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    for one, other in zip(bare.get_weights(), parallel.template.get_weights(), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("relocated", [False, True])
+def test_a_model_that_was_trained_before_goes_on(relocated: bool) -> None:
+    """Its optimizer knows the very variables."""
+    model = small()
+    model.compile("adam", "mse")
+    model.fit(rows(8, 6), rows(8, 3), verbose=0)
+    parallel = pk.multi_gpu_model(model, ["CPU:1", "CPU:2"], cpu_relocation=relocated)
+    parallel.fit(rows(8, 6), rows(8, 3), verbose=0)
+    assert int(model.optimizer.iterations.value) == 2
+
+
+@pytest.mark.parametrize("relocated", [False, True])
+def test_a_model_that_has_predicted_before_predicts_with_its_new_weights(relocated: bool) -> None:
+    """It is the model itself that is trained, whatever Keras has traced of it."""
+    model, x = small(), rows(8, 6)
+    model.compile("adam", "mse")
+    model.predict(x, verbose=0)
+    parallel = pk.multi_gpu_model(model, ["CPU:1", "CPU:2"], cpu_relocation=relocated)
+    parallel.fit(x, rows(8, 3), epochs=5, verbose=0)
+    np.testing.assert_allclose(model.predict(x, verbose=0), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_is_refused_is_not_moved() -> None:
+    with tf.device("/CPU:3"):
+        model = keras.Sequential([keras.Input((3,), batch_size=8), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="fixed batch size"):
+        pk.multi_gpu_model(model, ["CPU:1", "CPU:2"], cpu_relocation=True)
+    assert {variable.value.device[-5:] for variable in model.variables} == {"CPU:3"}
+
+
+def test_relocation_refuses_what_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"Expected `template` to be a keras\.Model"):
+        pk.multi_gpu_model(None, ["CPU:1", "CPU:2"], cpu_relocation=True)

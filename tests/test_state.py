@@ -168,3 +168,137 @@ def test_running_batches_of_all_sizes_keeps_state_equal() -> None:
     x, y = rows(sum(sizes), 6), rows(sum(sizes), 3, seed=1)
     bare, parallel = pair(build, 4, optimizer="sgd", loss="mse")
     assert_same_fit(bare, parallel, batches(sizes, x, y), epochs=1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_normalisation_takes_one_update_towards_the_whole_batch(known: bool) -> None:
+    """3, 3, 2 and 2 rows: as the bare layer on all 10, and as NumPy."""
+
+    def build() -> keras.Model:
+        return keras.Sequential([keras.Input((6,)), keras.layers.BatchNormalization(momentum=0.8)])
+
+    bare, parallel = pair(build, 4, optimizer="sgd", loss="mse")
+    x = 3 * rows(10, 6) + 1
+    spec = tf.TensorSpec((10 if known else None, 6))
+    tf.function(lambda x: parallel(x, training=True), input_signature=[spec])(x)
+    bare(x, training=True)
+    layer = parallel.layers[0]
+    wide = x.astype("float64")
+    np.testing.assert_allclose(layer.moving_mean, 0.2 * wide.mean(0), rtol=RTOL, atol=ATOL)
+    np.testing.assert_allclose(layer.moving_variance, 0.8 + 0.2 * wide.var(0), rtol=RTOL)
+    for one, other in zip(bare.variables, parallel.variables, strict=True):
+        np.testing.assert_allclose(other, one, rtol=RTOL, atol=ATOL, err_msg=one.path)
+
+
+class AssignsAgain(keras.layers.Layer):
+    """Updates that come twice in a call, and one that differs from tower to tower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def variable(name: str, dtype: str, **kwargs: Any) -> keras.Variable:
+            return self.add_weight(
+                shape=(), initializer="zeros", dtype=dtype, trainable=False, name=name, **kwargs
+            )
+
+        self.steps = variable("steps", "int32")
+        self.average = variable("average", "float32")
+        self.total = variable("total", "float32", aggregation="sum")
+        self.first = variable("first", "float32", aggregation="only_first_replica")
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        for _ in range(2):
+            self.steps.assign(self.steps + 1)
+            self.average.assign(0.5 * self.average + 0.5 * keras.ops.mean(x))
+            self.total.assign(self.total + keras.ops.sum(x))
+        self.first.assign(keras.ops.sum(x))
+        return x
+
+
+def test_the_last_of_several_assignments_counts() -> None:
+    template = keras.Sequential([keras.Input((6,)), AssignsAgain()])
+    parallel, layer, x = pk.DataParallelModel(template, 4), template.layers[0], rows(10, 6)
+    parallel(x)
+    assert int(layer.steps.value) == 2
+    np.testing.assert_allclose(float(layer.average.value), 0.75 * x.mean(), rtol=RTOL)
+    np.testing.assert_allclose(float(layer.total.value), 2 * x.sum(), rtol=RTOL)
+
+
+def test_only_first_replica_is_the_first_towers() -> None:
+    """The first 3 of 10 rows."""
+    template = keras.Sequential([keras.Input((6,)), AssignsAgain()])
+    parallel, x = pk.DataParallelModel(template, 4), rows(10, 6)
+    parallel(x)
+    np.testing.assert_allclose(float(template.layers[0].first.value), x[:3].sum(), rtol=RTOL)
+
+
+@pytest.mark.parametrize(("size", "counted"), [(10, 10), (7, 7), (8, 2), (3, 1)])
+def test_counters_without_a_graph(size: int, counted: int) -> None:
+    """Rows are added up, but equal shards count as steps: docs/semantics.md."""
+    parallel = pk.DataParallelModel(keras.Sequential([keras.Input((6,)), Counts()]), 4)
+    parallel.compile("sgd", "mse", run_eagerly=True)
+    parallel(rows(size, 6))
+    layer = parallel.layers[0]
+    assert int(layer.steps.value) == 1
+    assert int(layer.rows.value) == counted
+
+
+@pytest.mark.parametrize("towers", [1, 4])
+def test_global_generator_advances_as_on_one_device(towers: int) -> None:
+    """And the first tower draws what the bare model draws."""
+    template, x = keras.Sequential([keras.Input((6,)), GlobalNoise()]), rows(10, 6)
+    keras.utils.set_random_seed(3)
+    first, second = template(x).numpy(), template(x).numpy()
+    keras.utils.set_random_seed(3)
+    parallel = pk.DataParallelModel(template, towers)
+    drawn = parallel(x).numpy()
+    count = 10 if towers == 1 else 3
+    # A stateless draw of fewer rows begins with the same numbers.
+    np.testing.assert_array_equal(drawn[:count], first[:count])
+    np.testing.assert_array_equal(template(x), second)
+    assert len(np.unique(drawn)) == drawn.size
+
+
+class OnlyCountsRows(keras.layers.Layer):
+    """Has no state but an integer, so that nothing else tells that it needs the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = self.add_weight(
+            shape=(), initializer="zeros", dtype="int32", trainable=False, name="rows"
+        )
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        self.rows.assign(self.rows + keras.ops.shape(x)[0])
+        return x
+
+
+@pytest.mark.parametrize("size", [8, 10])
+def test_a_lone_counter_of_rows_of_known_size(size: int) -> None:
+    """A known size is a plain number while tracing, as a step is."""
+    template = keras.Sequential([keras.Input((6,)), OnlyCountsRows()])
+    parallel = pk.DataParallelModel(template, 4)
+    spec = tf.TensorSpec((size, 6))
+    tf.function(parallel, input_signature=[spec])(tf.constant(rows(size, 6)))
+    assert int(template.layers[0].rows.value) == size
+
+
+class ComplexMean(keras.layers.Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = self.add_weight(
+            shape=(), initializer="zeros", dtype="complex64", trainable=False, autocast=False
+        )
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        self.mean.assign(tf.cast(tf.reduce_mean(x), "complex64") * (1 + 2j))
+        return x
+
+
+def test_complex_state_is_a_mean_by_rows() -> None:
+    template = keras.Sequential([keras.Input((6,)), ComplexMean()])
+    x = rows(10, 6)
+    pk.DataParallelModel(template, 4)(x)
+    np.testing.assert_allclose(
+        template.layers[0].mean.value, x.mean() * (1 + 2j), rtol=RTOL, atol=ATOL
+    )
