@@ -36,6 +36,14 @@ def in_stateless_scope() -> bool:
     return _backend.in_stateless_scope()
 
 
+def training_of_call(layer: keras.layers.Layer) -> Any:
+    """The `training` of the call that is going on, also for layers that do not take it.
+
+    Keras hands it down through a context without a public reader. Goes when it gets one.
+    """
+    return getattr(layer._get_call_context(), "training", None)
+
+
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
     """What the user gave to `compile`, the very objects.
 

@@ -263,6 +263,23 @@ class Towers:
         return keras.tree.map_structure(hide, part)
 
 
+def as_call(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Call:
+    """One call of a model, as towers take it.
+
+    Args:
+        args: Its positional arguments.
+        kwargs: Its keyword arguments, without `training` and `mask`.
+        mask: Masks of the first argument, `None` for those that Keras attached.
+
+    Returns:
+        The `Call`.
+    """
+    masks = keras.tree.map_structure(_compat.get_mask, args)
+    if mask is not None:
+        masks = (mask, *masks[1:])
+    return {"args": args, "kwargs": kwargs, "masks": masks}
+
+
 @contextlib.contextmanager
 def _named(index: int, device: str) -> Iterator[None]:
     """Tells which tower an error comes from."""

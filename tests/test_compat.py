@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -130,6 +131,22 @@ def test_nothing_private_is_used_elsewhere() -> None:
         if private.search(line)
     ]
     assert uses == []
+
+
+def test_training_reaches_layers_that_do_not_take_it() -> None:
+    found: list[Any] = []
+
+    class Asks(keras.layers.Layer):
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            found.append(_compat.training_of_call(self))
+            return x
+
+    model = keras.Sequential([keras.Input((3,)), Asks()])
+    found.clear()
+    model(tf.zeros((2, 3)), training=True)
+    model(tf.zeros((2, 3)), training=False)
+    assert found == [True, False]
+    assert not hasattr(model.layers[0], "training")
 
 
 def test_no_mask_is_not_attached() -> None:
