@@ -1,8 +1,10 @@
-"""`python -m parallel_keras <command> [flags]`."""
+"""`python -m parallel_keras <command> [flags] [arguments]`."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import itertools
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -14,6 +16,7 @@ from parallel_keras.commands import COMMANDS, CommandError
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+_HELP = {"-h", "-help", "--help"}
 
 
 def usage() -> str:
@@ -37,10 +40,32 @@ def _fail(name: str, message: object) -> NoReturn:
     sys.exit(EXIT_FAILURE)
 
 
+def _parameters(command: ModuleType) -> list[inspect.Parameter]:
+    return list(inspect.signature(command.main).parameters.values())
+
+
+def _takes_any(command: ModuleType) -> bool:
+    """Returns whether the command hands on what follows its arguments, flags included."""
+    return any(each.kind is each.VAR_POSITIONAL for each in _parameters(command))
+
+
+def _placeholder(parameter: inspect.Parameter) -> str:
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return f" [{parameter.name} ...]"
+    if parameter.default is parameter.empty:
+        return f" <{parameter.name}>"
+    return f" [{parameter.name}]"
+
+
+def _synopsis(name: str, command: ModuleType) -> str:
+    arguments = "".join(map(_placeholder, _parameters(command)))
+    return f"python -m parallel_keras {name} [flags]{arguments}"
+
+
 def _help(name: str, command: ModuleType) -> str:
     return "\n".join(
         [
-            f"Usage: python -m parallel_keras {name} [flags]",
+            f"Usage: {_synopsis(name, command)}",
             "",
             (command.__doc__ or "").strip(),
             "",
@@ -49,25 +74,37 @@ def _help(name: str, command: ModuleType) -> str:
     )
 
 
+def _asks_for_help(command: ModuleType, arguments: Sequence[str]) -> bool:
+    if _takes_any(command):
+        arguments = list(itertools.takewhile(lambda each: each.startswith("-"), arguments))
+    return not _HELP.isdisjoint(arguments)
+
+
+def _parse(name: str, command: ModuleType, argv: list[str]) -> list[str]:
+    """Takes the flags out of the command line, and checks the number of what is left."""
+    see = f"See: python -m parallel_keras {name} --help"
+    flags.FLAGS.set_gnu_getopt(not _takes_any(command))
+    try:
+        program, *arguments = flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(name, f"{error}. {see}")
+    try:
+        inspect.signature(command.main).bind(*arguments)
+    except TypeError:
+        _fail(
+            name,
+            f"The arguments do not fit. Expected: {_synopsis(name, command)}. "
+            f"Received: arguments={arguments}. {see}",
+        )
+    return [program, *arguments]
+
+
 def _run(name: str, command: ModuleType, arguments: Sequence[str]) -> NoReturn:
     """Parses the flags of a command, runs it, and ends the process."""
 
-    def parse(argv: list[str]) -> list[str]:
+    def main(argv: list[str]) -> int | None:
         try:
-            rest: list[str] = flags.FLAGS(argv)[1:]
-        except flags.Error as error:
-            _fail(name, f"{error}. See: python -m parallel_keras {name} --help")
-        if rest:
-            _fail(
-                name,
-                f"The command takes flags only. Received: arguments={rest}. "
-                f"See: python -m parallel_keras {name} --help",
-            )
-        return argv[:1]
-
-    def main(_: list[str]) -> None:
-        try:
-            command.main()
+            code: int | None = command.main(*argv[1:])
         except CommandError as error:
             _fail(name, error)
         except Exception as error:
@@ -77,18 +114,24 @@ def _run(name: str, command: ModuleType, arguments: Sequence[str]) -> NoReturn:
                 f"{type(error).__name__}: {error} "
                 f"(To see where: python -m parallel_keras {name} --verbosity=1)",
             )
+        return code
 
-    app.run(main, argv=[f"parallel_keras {name}", *arguments], flags_parser=parse)
+    app.run(
+        main,
+        argv=[f"parallel_keras {name}", *arguments],
+        flags_parser=lambda argv: _parse(name, command, argv),
+    )
     sys.exit()  # Not reached, as app.run() ends the process; mypy cannot know.
 
 
 def console() -> NoReturn:
     """Runs the command that the command line names, and ends the process.
 
-    Exits with 0 when the command succeeded, 1 when it failed, and 2 when there is no such command.
+    Exits with 0 when the command succeeded, 1 or what the command returned when it failed, and 2
+    when there is no such command.
     """
     name, *arguments = sys.argv[1:] or [""]
-    if name in ("help", "-h", "-help", "--help"):
+    if name in ("help", *_HELP):
         print(usage())
         sys.exit()
     if name not in COMMANDS:
@@ -101,7 +144,7 @@ def console() -> NoReturn:
         sys.exit(EXIT_USAGE)
     # Only the one command, so that two commands may each define a flag of the same name.
     command = importlib.import_module(f"parallel_keras.commands.{name}")
-    if {"-h", "-help", "--help"}.intersection(arguments):
+    if _asks_for_help(command, arguments):
         print(_help(name, command))
         sys.exit()
     _run(name, command, arguments)

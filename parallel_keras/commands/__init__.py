@@ -1,7 +1,13 @@
 """The commands of `python -m parallel_keras`, one module each.
 
-A command's module defines its flags with absl and a function `main() -> None`. The library never
-imports this package: flags are global to a process, and those of a command are no user's business.
+A command's module defines its flags with absl, and a function `main` that returns nothing or an
+exit code. The parameters of `main` are what the command takes besides flags, each a string:
+`main()` takes nothing, `main(model)` one argument, `main(count, script, *arguments)` two and what
+follows them. Flags may stand anywhere, but with `*arguments` only before the first argument:
+what follows is handed on untouched, whatever it looks like.
+
+The library never imports this package: flags are global to a process, and those of a command are no
+user's business.
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from __future__ import annotations
 from typing import Final
 
 COMMANDS: Final[dict[str, str]] = {
+    "cluster": "Check TF_CONFIG, and that the workers it names can reach each other.",
     "demo": "Train on handwritten digits on one device and on all of them, and compare the two.",
 }
 """Each command with the line that stands for it in the list of commands."""
