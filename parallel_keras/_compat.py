@@ -153,8 +153,17 @@ def move_variable(variable: keras.Variable, device: str) -> None:
 
     Keras has no public way to place or replace the tensor behind a variable.
     Goes when `keras.Variable` gets a device.
+
+    The new tensor takes over the key of the old one, by which optimizers find
+    slots and what weight decay leaves out. The old one is emptied, so that a
+    function traced before fails instead of using what is no longer trained.
     """
+    old = variable._value
     with tf.init_scope(), tf.device(device):
-        variable._value = tf.Variable(
+        new = tf.Variable(
             variable.numpy(), trainable=variable.trainable, dtype=variable.dtype, name=variable.name
         )
+    new._unique_id = old._unique_id
+    variable._value = new
+    with tf.init_scope(), tf.device(old.device):
+        tf.raw_ops.AssignVariableOp(resource=old.handle, value=tf.zeros([0], old.dtype))

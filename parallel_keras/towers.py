@@ -97,7 +97,13 @@ class Towers:
         """Shards a batch, on the merge device."""
         whole = {name for name, rule in self.rules.items() if rule == "whole"}
         with tf.device(self.merge_device):
-            return shard(batch, len(self.devices), whole)
+            shards = shard(batch, len(self.devices), whole)
+        if not shards.parts:
+            raise ValueError(
+                "Expected a batch with at least one row: the mean of no losses is not a number. "
+                "Received: a batch of 0 rows. Leave empty batches out."
+            )
+        return shards
 
     def read_weights(self) -> list[tf.Tensor]:
         """The values of the template's variables, each read where it lives."""

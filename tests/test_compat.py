@@ -121,6 +121,18 @@ def test_variables_cannot_be_moved_publicly() -> None:
     assert not hasattr(variable, "device")
 
 
+def test_moved_variables_keep_the_key_that_optimizers_know() -> None:
+    """And what is left behind is emptied: it could only be used by mistake."""
+    variable = keras.Variable(np.arange(3.0), name="moved")
+    old = variable.value
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build([variable])
+    _compat.move_variable(variable, "/CPU:2")
+    optimizer.apply([tf.ones(3)])
+    np.testing.assert_allclose(variable.numpy(), np.arange(3) - 0.1, rtol=1e-5)
+    assert tf.raw_ops.ReadVariableOp(resource=old.handle, dtype=old.dtype).shape == (0,)
+
+
 def test_nothing_private_is_used_elsewhere() -> None:
     private = re.compile(r"keras\.src|tensorflow\.python|__internal__|\.extended\._")
     uses = [
