@@ -27,6 +27,21 @@ def set_mask(tensor: Any, mask: Any) -> None:
         tensor._keras_mask = mask
 
 
+def get_logits(tensor: Any) -> Any:
+    """What a softmax or sigmoid that ended a model was computed from, or `None`.
+
+    Keras keeps it in an attribute of the tensor, from which crossentropies are computed
+    so that they do not saturate. A tower loses it, as it does masks. Goes with `get_mask`.
+    """
+    return getattr(tensor, "_keras_logits", None)
+
+
+def set_logits(tensor: Any, logits: Any) -> None:
+    """Attaches logits to a tensor; see `get_logits`."""
+    if logits is not None:
+        tensor._keras_logits = logits
+
+
 def in_stateless_scope() -> bool:
     """Whether variables have stand-in values now (`keras.StatelessScope`).
 
@@ -96,11 +111,6 @@ def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return [] if model._compile_metrics is None else list(model._compile_metrics.metrics)
 
 
-def is_dense(nest: Any) -> bool:
-    """Whether all tensors of a nest are dense, so that `build_losses_and_metrics` can be used."""
-    return not any(isinstance(x, (tf.SparseTensor, tf.RaggedTensor)) for x in tf.nest.flatten(nest))
-
-
 def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> None:
     """Makes the variables of compiled losses and metrics, as Keras' JAX trainer does.
 
@@ -109,21 +119,16 @@ def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> 
 
     Args:
         model: The compiled model, whose `template` is built.
-        data: Inputs, targets and sample weights, dense.
+        data: Inputs, targets and sample weights, symbolic and dense.
     """
-    metrics = model._compile_metrics
-    if model._compile_loss.built and (metrics is None or metrics.built):
+    loss, metrics = model._compile_loss, model._compile_metrics
+    if (loss is None or loss.built) and (metrics is None or metrics.built):
         return
 
-    def symbol(tensor: Any) -> Any:
-        if tensor is None:
-            return None
-        dtype = keras.backend.standardize_dtype(tensor.dtype)
-        return keras.KerasTensor(tuple(tensor.shape), dtype)
-
-    x, y, sample_weight = keras.tree.map_structure(symbol, data)
+    x, y, sample_weight = data
     y_pred = _backend.compute_output_spec(model.template, x, training=False)
-    _backend.compute_output_spec(data_loss, model, y, y_pred, sample_weight)
+    if loss is not None:
+        _backend.compute_output_spec(data_loss, model, y, y_pred, sample_weight)
     if metrics is not None:
         _backend.compute_output_spec(
             lambda *args: update_metrics(model, *args), y, y_pred, sample_weight

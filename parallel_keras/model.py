@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from parallel_keras import _compat, checks
 from parallel_keras.answers import TemplateAnswers
+from parallel_keras.building import symbol
 from parallel_keras.devices import Devices, resolve
 from parallel_keras.files import TemplateFiles
 from parallel_keras.gradients import Runner
@@ -146,11 +146,10 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         """
         if is_empty((inputs, args)):
             return self._empty_outputs((inputs, *args), kwargs)
-        outputs, masks, terms = self._runner(as_call((inputs, *args), kwargs, mask), training)
-        if terms:
-            self.add_loss(terms)
-        keras.tree.map_structure(_compat.set_mask, outputs, masks)
-        return outputs
+        merged = self._runner(as_call((inputs, *args), kwargs, mask), training)
+        if merged.terms:
+            self.add_loss(merged.terms)
+        return merged.attached()
 
     _parallel_call = call  # what a subclass may override, and then the towers' loss would bypass
 
@@ -198,22 +197,14 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
     def _build_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the template's weights from the shapes and dtypes of a batch."""
         with tf.device(None):  # weights go where they would go without this wrapper
-            self.template(*keras.tree.map_structure(_symbol, args), **kwargs)
+            self.template(*keras.tree.map_structure(symbol, args), **kwargs)
 
     def _empty_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the template would return for no rows, which no tower must be given."""
-        symbols = self.compute_output_spec(*keras.tree.map_structure(_symbol, args), **kwargs)
+        symbols = self.compute_output_spec(*keras.tree.map_structure(symbol, args), **kwargs)
         return keras.tree.map_structure(
             lambda symbol: tf.zeros([size or 0 for size in symbol.shape], symbol.dtype), symbols
         )
-
-
-def _symbol(leaf: Any) -> Any:
-    if not tf.is_tensor(leaf) and not isinstance(leaf, np.ndarray):
-        return leaf
-    sparse = isinstance(leaf, tf.SparseTensor)
-    dtype = keras.backend.standardize_dtype(leaf.dtype)
-    return keras.KerasTensor(tuple(leaf.shape), dtype, sparse=sparse)
 
 
 def _as_positional(

@@ -80,12 +80,9 @@ def test_losses_and_metrics_can_be_built_from_shapes() -> None:
     parallel = pk.DataParallelModel(template, 2)
     parallel.compile("sgd", ["mse"], metrics=["mae"])
     assert _compat.compiled_metrics(parallel) == []
-    data = (tf.zeros((4, 6)), tf.zeros((4, 3)), None)
+    data = (keras.KerasTensor((4, 6)), keras.KerasTensor((4, 3)), None)
     _compat.build_losses_and_metrics(parallel, data)
     assert [metric.name for metric in _compat.compiled_metrics(parallel)] == ["mae"]
-    assert _compat.is_dense(data)
-    assert not _compat.is_dense([tf.ragged.constant([[1], []])])
-    assert not _compat.is_dense({"a": tf.sparse.from_dense([[1]])})
 
 
 def test_layers_of_layers_have_no_public_list() -> None:
@@ -159,6 +156,20 @@ def test_training_reaches_layers_that_do_not_take_it() -> None:
     model(tf.zeros((2, 3)), training=False)
     assert found == [True, False]
     assert not hasattr(model.layers[0], "training")
+
+
+def test_logits_are_an_attribute_of_tensors() -> None:
+    logits = tf.constant([[1.0, 2.0]])
+    probabilities = keras.activations.softmax(logits)
+    assert _compat.get_logits(probabilities) is logits
+    assert _compat.get_logits(logits) is None
+    saturated = tf.constant([[0.0, 1.0]])
+    _compat.set_logits(saturated, tf.constant([[0.0, 60.0]]))
+    loss = keras.losses.categorical_crossentropy([[1.0, 0.0]], saturated)
+    np.testing.assert_allclose(loss, 60, rtol=1e-6)
+    _compat.set_logits(logits, None)
+    assert not hasattr(logits, "_keras_logits")
+    assert not hasattr(probabilities, "logits")
 
 
 def test_no_mask_is_not_attached() -> None:
