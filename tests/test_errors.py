@@ -200,6 +200,7 @@ RAISES = {
     "loss_step.py": 1,
     "merge.py": 2,
     "multi_gpu.py": 3,
+    "old_weights.py": 6,
     "scope.py": 1,
     "shard.py": 2,
     "towers.py": 2,
