@@ -69,6 +69,8 @@ def test_files_go_between_any_numbers_of_devices(form: str, tmp_path: Path) -> N
             if form == "model.weights.h5":
                 reader.load_weights(path)
             np.testing.assert_allclose(reader(X), writer(X), rtol=RTOL, atol=ATOL)
+            if form == "model.h5":  # Keras does not read the optimizer back from these.
+                continue
             pairs = zip(writer.optimizer.variables, reader.optimizer.variables, strict=True)
             for one, other in pairs:
                 np.testing.assert_array_equal(other.numpy(), one.numpy())
@@ -286,9 +288,7 @@ def test_checkpoints_are_those_of_one_device(kind: str, tmp_path: Path) -> None:
     models = pair(mlp, 3, optimizer=lambda: keras.optimizers.SGD(0.05), loss="mse")
     for folder, model in zip(("bare", "parallel"), models, strict=True):
         checkpoint = keras.callbacks.ModelCheckpoint(str(tmp_path / folder / name), **arguments)
-        model.fit(
-            X, Y, batch_size=4, epochs=5, verbose=0, shuffle=False, callbacks=[checkpoint]
-        )
+        model.fit(X, Y, batch_size=4, epochs=5, verbose=0, shuffle=False, callbacks=[checkpoint])
     expected = sorted(path.name for path in (tmp_path / "bare").iterdir())
     assert sorted(path.name for path in (tmp_path / "parallel").iterdir()) == expected
     assert len(expected) == {"best": 1, "batches": 5}.get(kind, 5)

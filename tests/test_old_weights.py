@@ -47,7 +47,9 @@ def weights(template: keras.Model, frozen: Sequence[str] = (), names: Any = None
     return first + then
 
 
-def write(path: Path, nested: Named, *, full: bool = False, chunks: bool = False, **attrs: Any) -> Path:
+def write(
+    path: Path, nested: Named, *, full: bool = False, chunks: bool = False, **attrs: Any
+) -> Path:
     """What `save_weights` (or `save`) of Keras 2.2.4 wrote for `multi_gpu_model(model, 2)`."""
     with h5py.File(path, "w") as file:
         root = file.create_group("model_weights") if full else file
@@ -158,10 +160,10 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     nested, path = weights(template), tmp_path / "old.h5"
     with pytest.raises(ValueError, match=r"with 8 weights, those of .*with 7, from 'first/kernel"):
         files.load_multi_gpu_weights(template, write(path, nested[:-1]))
+    wrong = [(nested[0][0], np.zeros((1, 2))), *nested[1:]]
     with pytest.raises(ValueError, match=r"to fit '.*kernel' of shape .*shape=\(1, 2\)"):
-        wrong = [(nested[0][0], np.zeros((1, 2))), *nested[1:]]
         files.load_multi_gpu_weights(template, write(path, wrong))
-    with pytest.raises(ValueError, match="not built. Build it first"):
+    with pytest.raises(ValueError, match=r"not built\. Build it first"):
         files.load_multi_gpu_weights(keras.Sequential([keras.layers.Dense(1)]), path)
 
 
