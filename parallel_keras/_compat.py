@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras.src import backend as _backend
+from keras.src.utils import io_utils as _io_utils
 
 
 def get_mask(tensor: Any) -> Any:
@@ -172,3 +173,12 @@ def move_variable(variable: keras.Variable, device: str) -> None:
     variable._value = new
     with tf.init_scope(), tf.device(old.device):
         tf.raw_ops.AssignVariableOp(resource=old.handle, value=tf.zeros([0], old.dtype))
+
+
+def may_overwrite(filepath: Any) -> bool:
+    """Asks the user whether a file may be overwritten, in the words of Keras.
+
+    Keras asks when it finds the file where it is told to write, but it is told to write
+    beside it. Goes when Keras itself writes files whole.
+    """
+    return _io_utils.ask_to_proceed_with_overwrite(str(filepath))

@@ -14,6 +14,7 @@ from parallel_keras.answers import TemplateAnswers
 from parallel_keras.building import symbol
 from parallel_keras.devices import Devices, resolve
 from parallel_keras.files import TemplateFiles
+from parallel_keras.first_batch import first_batch
 from parallel_keras.gradients import Runner
 from parallel_keras.shard import is_empty
 from parallel_keras.steps import ParallelSteps
@@ -159,6 +160,26 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         if not self.template.built:
             self._build_template(args, kwargs)
         return super().__call__(*args, **kwargs)
+
+    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `keras.Model.fit` does, with its arguments.
+
+        A template without weights gets them from the shapes of the first batch, so
+        that callbacks which restore weights before the first step find some.
+
+        Args:
+            x: As in `keras.Model.fit`.
+            *args: As in `keras.Model.fit`.
+            **kwargs: As in `keras.Model.fit`.
+
+        Returns:
+            A `keras.callbacks.History`.
+        """
+        if not self.template.built:
+            inputs, x = first_batch(x)
+            if inputs is not None:
+                self._build_template((inputs,), {})
+        return super().fit(x, *args, **kwargs)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configures training as `keras.Model.compile` does, with its arguments.

@@ -130,6 +130,15 @@ def test_moved_variables_keep_the_key_that_optimizers_know() -> None:
     assert tf.raw_ops.ReadVariableOp(resource=old.handle, dtype=old.dtype).shape == (0,)
 
 
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_keras_asks_before_it_overwrites(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or answer)
+    assert _compat.may_overwrite("a.keras") == (answer == "y")
+    assert "a.keras already exists - overwrite?" in asked[0]
+    assert not [name for name in dir(keras.utils) if "overwrite" in name]
+
+
 def test_nothing_private_is_used_elsewhere() -> None:
     private = re.compile(r"keras\.src|tensorflow\.python|__internal__|\.extended\._")
     uses = [
