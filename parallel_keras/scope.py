@@ -41,14 +41,6 @@ class Peers(NamedTuple):
 
 def peer_keys(devices: tuple[str, ...]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Size, group and instance of a new pass over these devices."""
-    if len({tf.DeviceSpec.from_string(device).job for device in devices}) > 1:
-        # The devices of each job find each other by a leader of their own, and wait for the rest.
-        raise ValueError(
-            "A layer with synchronized=True adds up over all towers, which TensorFlow cannot do "
-            "over several jobs. Expected: only devices of this process, or only devices of one "
-            f"job of servers. Received: devices={list(devices)}. Leave out those of the other "
-            "jobs, or build the layer with synchronized=False."
-        )
     group = _GROUPS.setdefault(devices, _FIRST_GROUP + len(_GROUPS))
     instance = (next(_PASSES) * 2 * _REDUCTIONS_A_PASS) % (2**31 - 2 * _REDUCTIONS_A_PASS)
     return tf.constant(len(devices)), tf.constant(group), tf.constant(instance)

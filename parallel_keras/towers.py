@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
+from parallel_keras.devices import check_one_job
 from parallel_keras.passes import Pass
 from parallel_keras.scope import Peers, TowerScope, depends_on, peer_keys, talking_to
 from parallel_keras.shard import Shards, shard
@@ -243,6 +244,7 @@ class Towers:
             return [None] * len(devices)
         if not self._state_rules.synchronized:
             return [_token("/device:CPU:0")] * len(devices)
+        check_one_job(devices)
         keys = peer_keys(devices)
         live = [tf.cast(rows > 0, tf.float32) for rows in map(tf.convert_to_tensor, shards.rows)]
         return [
