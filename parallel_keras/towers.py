@@ -224,6 +224,8 @@ class Towers:
             self.configure(jit=self._jit, eager=self._eager)
             self._variables = list(self.template.variables)
             self._fingerprint = fingerprint
+            if self._state_rules.synchronized:
+                check_one_job(self.devices)
 
     def _index(self, variable: keras.Variable) -> int:
         """The number of a variable; one that is not the template's gets the next."""
@@ -244,7 +246,6 @@ class Towers:
             return [None] * len(devices)
         if not self._state_rules.synchronized:
             return [_token("/device:CPU:0")] * len(devices)
-        check_one_job(devices)
         keys = peer_keys(devices)
         live = [tf.cast(rows > 0, tf.float32) for rows in map(tf.convert_to_tensor, shards.rows)]
         return [
