@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
+from parallel_keras.devices import check_one_job
 from parallel_keras.passes import Pass
 from parallel_keras.scope import Peers, TowerScope, depends_on, peer_keys, talking_to
 from parallel_keras.shard import Shards, shard
@@ -228,6 +229,8 @@ class Towers:
             self.configure(jit=self._jit, eager=self._eager)
             self._variables = list(self.template.variables)
             self._fingerprint = fingerprint
+            if self._state_rules.synchronized:
+                check_one_job(self.devices)
 
     def _index(self, variable: keras.Variable) -> int:
         """The number of a variable; one that is not the template's gets the next."""

@@ -165,7 +165,7 @@ RAISES = {
     "answers.py": 1,
     "checks.py": 12,
     "cluster.py": 11,
-    "devices.py": 14,
+    "devices.py": 15,
     "loss_step.py": 1,
     "merge.py": 2,
     "multi_gpu.py": 3,

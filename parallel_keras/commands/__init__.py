@@ -17,6 +17,7 @@ from typing import Final
 COMMANDS: Final[dict[str, str]] = {
     "cluster": "Check TF_CONFIG, and that the workers it names can reach each other.",
     "demo": "Train on handwritten digits on one device and on all of them, and compare the two.",
+    "workers": "Run a script several times on this machine, each time as another worker.",
 }
 """Each command with the line that stands for it in the list of commands."""
 
