@@ -88,7 +88,7 @@ def _build_optimizer(optimizer: keras.optimizers.Optimizer, variables: list[Any]
     What an optimizer assigns while it is built is part of the traced step, which is thrown
     away. `ScheduleFreeAdamW` does so: built outside of a trace, it would take other steps.
     """
-    traced = []
+    traced: list[bool] = []
 
     def build() -> None:
         if not traced:  # TensorFlow traces again what made variables.

@@ -119,9 +119,24 @@ class Towers:
         shards: Shards,
         weights: list[tf.Tensor],
         run: Callable[..., Any],
+        *,
+        inline: bool = True,
     ) -> list[dict[str, Any]]:
-        """Runs `run(body, weights, tower, peers, part)` on each device that has a part."""
-        function = self._traced(body)
+        """Runs `run(body, weights, tower, peers, part)` on each device that has a part.
+
+        Args:
+            body: The tower function.
+            shards: What it is called with.
+            weights: The values of the template's variables.
+            run: Calls the tower function.
+            inline: Whether TensorFlow may put the towers' operations into the step's
+                graph. If not, it optimises each tower by itself, all at the same time.
+
+        Returns:
+            What each tower returned.
+        """
+        # A function called by XLA is never inlined, and may not be told so.
+        function = self._traced(body, inline=inline or self._jit or len(shards.parts) == 1)
         peers = self._peers(shards)
         results = []
         for index, part in enumerate(shards.parts):
@@ -202,14 +217,18 @@ class Towers:
             "constant": constant,
         }
 
-    def _traced(self, body: Callable[..., Any]) -> Callable[..., Any]:
+    def _traced(self, body: Callable[..., Any], *, inline: bool) -> Callable[..., Any]:
         # One tower in a graph needs no function: nothing is traced twice, as without this library.
         alone = len(self.devices) == 1 and not self._jit and not tf.executing_eagerly()
         if self._eager or alone:
             return body
         if body not in self._functions:
             self._functions[body] = tf.function(
-                body, autograph=False, reduce_retracing=True, jit_compile=self._jit or None
+                body,
+                autograph=False,
+                reduce_retracing=True,
+                jit_compile=self._jit or None,
+                experimental_attributes=None if inline else {"_noinline": True},
             )
         return self._functions[body]
 
