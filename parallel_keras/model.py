@@ -175,7 +175,8 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         Returns:
             A `keras.callbacks.History`.
         """
-        if not self.template.built:
+        # What steps of its own give to which model is theirs to know.
+        if not self.template.built and not self._follows_template():
             inputs, x = first_batch(x)
             if inputs is not None:
                 self._build_template((inputs,), {})
