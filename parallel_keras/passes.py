@@ -21,6 +21,7 @@ class Pass:
     Attributes:
         shards: The `Shards` they were given.
         results: For each tower a dict with `outputs`, `masks` and `losses`.
+        own: Those of the towers of this worker; they are all, without other workers.
         state: The merged new value of each variable that was assigned.
         rules: How outputs and losses are joined, by name.
         merge_device: Where.
@@ -31,6 +32,7 @@ class Pass:
 
     shards: Shards
     results: list[dict[str, Any]]
+    own: list[dict[str, Any]]
     state: list[tuple[keras.Variable, tf.Tensor]]
     rules: Mapping[str, str]
     merge_device: str
@@ -52,8 +54,8 @@ class Pass:
             return outputs, masks, terms
 
     def parts(self) -> list[list[tf.Tensor]]:
-        """For each tower, everything of its result that a gradient can flow to."""
-        return [floats((result["outputs"], result["losses"])) for result in self.results]
+        """For each tower here, everything of its result that a gradient can flow to."""
+        return [floats((result["outputs"], result["losses"])) for result in self.own]
 
     def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:
         """Gradients of each tower's sources, computed on its device.
