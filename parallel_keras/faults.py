@@ -21,7 +21,7 @@ _LONGEST_CALL: Final = 2.0
 _TASK: Final = re.compile(r"/job:(\w+)/(?:replica:\d+/)?task:(\d+)(?!\d|/device)")
 
 
-def named(error: Exception, workers: Cluster, timeout: float) -> Exception:
+def named(error: Exception, workers: Cluster, timeout: float) -> ConnectionError | None:
     """What to raise instead of an error of TensorFlow's.
 
     Args:
@@ -30,12 +30,12 @@ def named(error: Exception, workers: Cluster, timeout: float) -> Exception:
         timeout: Float, the seconds that a worker waits for the others.
 
     Returns:
-        A `ConnectionError` that names the workers with their addresses; the error
-        itself if it does not come from the connection.
+        A `ConnectionError` that names the workers with their addresses; `None` if the
+        error does not come from the connection.
     """
     text = str(error)
     if not ("ollective" in text or "task" in text or "remote" in text):
-        return error
+        return None
     told = [task for task in workers.others if _tells(text, task)]
     suspects = told or [task for task in workers.others if not _answers(task)]
     names = ", ".join(map(str, suspects or workers.others))

@@ -10,6 +10,7 @@ import tensorflow as tf
 from absl import logging
 
 from parallel_keras.devices import resolve
+from parallel_keras.workers import Workers
 
 
 class TemplateFiles:
@@ -20,6 +21,7 @@ class TemplateFiles:
     loss_on: str
     request: dict[str, Any]
     _inherit_compile: Callable[[], None]
+    _workers: Workers | None
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the template, with its compile arguments and optimizer state.
@@ -32,7 +34,8 @@ class TemplateFiles:
             *args: As in `keras.Model.save`.
             **kwargs: As in `keras.Model.save`.
         """
-        self.template.save(filepath, *args, **kwargs)
+        if self._writes:
+            self.template.save(filepath, *args, **kwargs)
 
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the template's weights.
@@ -42,7 +45,13 @@ class TemplateFiles:
             *args: As in `keras.Model.save_weights`.
             **kwargs: As in `keras.Model.save_weights`.
         """
-        self.template.save_weights(filepath, *args, **kwargs)
+        if self._writes:
+            self.template.save_weights(filepath, *args, **kwargs)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this worker writes files: of several with the same weights the first does."""
+        return self._workers is None or self._workers.chief
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Loads weights into the template.
@@ -62,7 +71,8 @@ class TemplateFiles:
             *args: As in `keras.Model.export`.
             **kwargs: As in `keras.Model.export`.
         """
-        self.template.export(filepath, *args, **kwargs)
+        if self._writes:
+            self.template.export(filepath, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, the template nested in them.

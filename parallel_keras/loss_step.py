@@ -59,7 +59,7 @@ class LossStep:
         x, y, sample_weight = data
         masks = keras.tree.map_structure(_compat.get_mask, (x,))
         call = {"args": (x,), "kwargs": {}, "masks": masks}
-        shards = self.towers.cut({"call": call, "y": y, "weights": sample_weight}, own=True)
+        shards = self.towers.cut({"call": call, "y": y, "weights": sample_weight}, own=self.count)
         weights = self.towers.read_weights()
         with tf.device(self.towers.merge_device):
             shares = shards.shares()

@@ -88,7 +88,9 @@ def _dataset(data: tuple[Any, Any, Any], batch_size: int, *, shuffle: bool) -> t
     if isinstance(x, tf.data.Dataset):
         return x
     leaves = tf.nest.flatten(data)
-    if not all(leaf is None or tf.is_tensor(leaf) or isinstance(leaf, np.ndarray) for leaf in leaves):
+    if not all(
+        leaf is None or tf.is_tensor(leaf) or isinstance(leaf, np.ndarray) for leaf in leaves
+    ):
         raise ValueError(
             "Expected arrays or a tf.data.Dataset where each worker feeds its own rows. "
             f"Received: x of type {type(x).__name__}. Make a dataset of it, for example with "

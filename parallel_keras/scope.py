@@ -42,9 +42,7 @@ class Peers(NamedTuple):
     timeout: float = _TIMEOUT_SECONDS
 
 
-def peer_keys(
-    devices: tuple[str, ...], others: int = 0
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def peer_keys(devices: tuple[str, ...], others: int = 0) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Size, group and instance of a new pass over these devices, and those of other workers."""
     # What is counted here need not be counted alike there.
     own = _FIRST_GROUP + len(_GROUPS)

@@ -214,12 +214,12 @@ class Workers:
 
         @tf.custom_gradient
         def spread(*own: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
-            return [tf.identity(value) for value in own], lambda *ups: summed(*ups)
+            return [tf.identity(value) for value in own], summed
 
         @tf.custom_gradient
         def summed(*parts: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
             sums, _, _ = self.exchange("gradients", list(map(tf.convert_to_tensor, parts)))
-            return sums, lambda *ups: spread(*ups)
+            return sums, spread
 
         result = spread(*values)
         return list(result) if isinstance(result, (list, tuple)) else [result]
@@ -282,7 +282,10 @@ class Workers:
         try:
             yield
         except faults.ERRORS as error:
-            raise faults.named(error, self.cluster, self.timeout) from error
+            named = faults.named(error, self.cluster, self.timeout)
+            if named is None:
+                raise
+            raise named from error
 
     def gather(self, values: list[tf.Tensor], kind: str) -> list[list[tf.Tensor]]:
         """The values of each worker, of any shapes.
