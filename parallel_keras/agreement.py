@@ -148,7 +148,9 @@ def agree_on_seed(workers: Workers, *, first: bool) -> None:
 
 
 class Agreement(keras.callbacks.Callback):
-    """Runs `agree_on_state` when training begins, after callbacks that restore a state.
+    """Runs `agree_on_state` when a loop begins, after callbacks that restore a state.
+
+    Templates without weights have nothing to agree on yet; they do when they get some.
 
     Args:
         workers: The `Workers`.
@@ -162,17 +164,20 @@ class Agreement(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """All start from the first worker's state."""
         del logs
+        self._agree()
         self._training = True
-        agree_on_state(self.model, self._workers)
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """All evaluate the first worker's weights, unless they just trained them together."""
+        """All evaluate the first worker's weights."""
         del logs
-        if not self._training:
-            agree_on_state(self.model, self._workers)
+        self._agree()
 
     def on_predict_begin(self, logs: Any = None) -> None:
         """All predict with the first worker's weights."""
         del logs
-        if not self._training:
+        self._agree()
+
+    def _agree(self) -> None:
+        # While they train together, weights are the same all the time.
+        if not self._training and self.model.template.built:
             agree_on_state(self.model, self._workers)

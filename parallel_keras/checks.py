@@ -90,6 +90,23 @@ def check_template(template: keras.Model, towers: int) -> None:
             )
 
 
+def check_built(template: keras.Model) -> None:
+    """Refuses weights whose values come only after tracing: workers cannot agree on them.
+
+    Args:
+        template: The model.
+
+    Raises:
+        ValueError: If it is not built, or just being built while a graph is traced.
+    """
+    if not (template.built and tf.executing_eagerly()) or _compat.in_stateless_scope():
+        raise ValueError(
+            f"The template has no weights yet, which workers must agree on before they train. "
+            f"Received: template={template.name!r}, unbuilt. Build it first, for example with "
+            "template.build(input_shape) or by a call on one batch."
+        )
+
+
 def check_compile(template: keras.Model, towers: int, *, jit: bool) -> None:
     """Refuses ways to run in which towers cannot talk to each other.
 

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from parallel_keras import _compat, checks
-from parallel_keras.agreement import check_same, facts_of
+from parallel_keras.agreement import agree_on_state, check_same, facts_of
 from parallel_keras.answers import TemplateAnswers
 from parallel_keras.devices import Devices, resolve
 from parallel_keras.files import TemplateFiles
@@ -216,6 +216,9 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         """Makes the template's weights from the shapes and dtypes of a batch."""
         with tf.device(None):  # weights go where they would go without this wrapper
             self.template(*keras.tree.map_structure(_symbol, args), **kwargs)
+        if self._workers is not None:
+            checks.check_built(self.template)
+            agree_on_state(self, self._workers)
 
     def _empty_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the template would return for no rows, which no tower must be given."""

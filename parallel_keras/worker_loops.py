@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import tensorflow as tf
 
+from parallel_keras import checks
 from parallel_keras.agreement import Agreement, agree_on_seed, agree_on_state
 from parallel_keras.own_rows import Feed
 from parallel_keras.workers import Workers
@@ -23,6 +25,7 @@ class WorkerLoops(keras.Model):
     template: keras.Model
     _workers: Workers | None
     _agreed: bool
+    _build_template: Callable[[tuple[Any, ...], dict[str, Any]], None]
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as `keras.Model.fit` does, on all workers.
@@ -129,6 +132,7 @@ class WorkerLoops(keras.Model):
         workers = self._workers
         if workers is None:
             return loop(**arguments)
+        self._build_from(arguments["x"])
         arguments["callbacks"] = _with_agreement(arguments.get("callbacks"), workers)
         if not workers.chief and "verbose" in arguments and arguments["verbose"] == "auto":
             arguments["verbose"] = 0
@@ -136,15 +140,34 @@ class WorkerLoops(keras.Model):
         with workers.naming_faults():
             return loop(**arguments)
 
+    def _build_from(self, data: Any) -> None:
+        """Makes the template's weights, if it has none, before anything is traced."""
+        if self.template.built:
+            return
+        if isinstance(data, keras.utils.PyDataset):
+            data = keras.utils.unpack_x_y_sample_weight(data[0])[0]
+        if isinstance(data, tf.data.Dataset):
+            data = keras.utils.unpack_x_y_sample_weight(data.element_spec)[0]
+        leaves = keras.tree.flatten(data)
+        if all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
+            self._build_template((keras.tree.map_structure(_of_any_rows, data),), {})
+        checks.check_built(self.template)
+
     def _on_batch(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         workers = self._workers
         if workers is None:
             return step(*args, **kwargs)
-        if not self._agreed and self.template.built:
+        self._build_from(args[0] if args else kwargs["x"])
+        if not self._agreed:
             agree_on_state(self, workers)
             self._agreed = True
         with workers.naming_faults():
             return step(*args, **kwargs)
+
+
+def _of_any_rows(leaf: Any) -> keras.KerasTensor:
+    dtype = keras.backend.standardize_dtype(leaf.dtype)
+    return keras.KerasTensor((None, *leaf.shape[1:]), dtype)
 
 
 def _by_name(

@@ -161,7 +161,7 @@ class Workers:
         ]
         if shards.mark is not None:
             same = [{**result, "mark": shards.mark} for result in same]
-        if self.own:
+        if self.own and shards.rows and shards.mark is None:
             some = tf.add_n(shards.rows[self.first : self.first + self._here]) > 0
             dense = {index: _only(value, some) for index, value in dense.items()}
             same = [_only_losses(result, some) for result in same]
@@ -401,7 +401,19 @@ def _with(nest: Any, tensors: Sequence[tf.Tensor]) -> Any:
         next(others) if _travels(leaf) else leaf
         for leaf in tf.nest.flatten(nest, expand_composites=True)
     ]
-    return tf.nest.pack_sequence_as(nest, flat, expand_composites=True)
+    return tf.nest.pack_sequence_as(
+        tf.nest.map_structure(_of_any_rows, nest), flat, expand_composites=True
+    )
+
+
+def _of_any_rows(leaf: Any) -> Any:
+    """What a ragged or sparse tensor is made by, without the number of its rows."""
+    if isinstance(leaf, tf.RaggedTensor):
+        shape = [None, *leaf.shape[1:]]
+        return tf.RaggedTensorSpec(shape, leaf.dtype, leaf.ragged_rank, leaf.row_splits.dtype)
+    if isinstance(leaf, tf.SparseTensor):
+        return tf.SparseTensorSpec([None, *leaf.shape[1:]], leaf.dtype)
+    return leaf
 
 
 def _only(value: Any, some: tf.Tensor) -> Any:
