@@ -128,6 +128,11 @@ class WorkerLoops(keras.Model):
         """
         return self._on_batch(super().predict_on_batch, x)
 
+    @property
+    def bytes_per_step(self) -> int | None:
+        """The bytes that this worker sends in a training step; `None` before the first one."""
+        return 0 if self._workers is None else self._workers.traffic.get("train")
+
     def _run(self, loop: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         workers = self._workers
         if workers is None:

@@ -420,8 +420,7 @@ def own_rows(wrap: Any) -> Numbers:
         outputs = model.predict(own if wrap.index is not None else x, verbose=0)
         name = f"{path} {len(chosen)} {getattr(chosen[0], 'name', '') if chosen else ''}"
         found |= {
-            f"{name} {key}": value
-            for key, value in numbers(model, history, scores=scores).items()
+            f"{name} {key}": value for key, value in numbers(model, history, scores=scores).items()
         }
         found[f"rows of the worker {name}"] = outputs
     return found
@@ -440,6 +439,45 @@ def _steps(sizes: tuple[int, ...], batch: int, *arrays: Any) -> tuple[Any, ...]:
         counts.append(len(order[-1]))
     every = np.concatenate(order)
     return counts, *(array[every] for array in arrays)
+
+
+@case
+def files(wrap: Any) -> Numbers:
+    """W3: https://github.com/tensorflow/tensorflow/issues/38635.
+
+    Each worker has a folder of its own here, which shows who writes.
+    """
+    folder = wrap.folder / f"files_{wrap.index}"
+    folder.mkdir()
+    model = wrap(mlp())
+    model.compile("adam", "mse")
+    data = batches([5, 1, 3], rows(9, 6), rows(9, 3, seed=1))
+    callbacks = [
+        keras.callbacks.ModelCheckpoint(folder / "full.keras"),
+        keras.callbacks.ModelCheckpoint(folder / "weights.weights.h5", save_weights_only=True),
+        keras.callbacks.BackupAndRestore(folder / "backup", delete_checkpoint=False),
+        keras.callbacks.CSVLogger(folder / "log.csv"),
+    ]
+    history = model.fit(data, epochs=2, verbose=0, callbacks=callbacks)
+    model.save(folder / "all.keras")
+    if wrap.index in (0, None):
+        model.save(folder / "alone.keras")  # W3: this must not wait for the others.
+        loaded = keras.saving.load_model(folder / "alone.keras")
+        assert loaded.optimizer.iterations == 6
+    return numbers(model, history, again=model.evaluate(data, verbose=0))
+
+
+@case
+def traffic(wrap: Any) -> Numbers:
+    """The bytes of a step, as a part of the bytes of the weights."""
+    keras.utils.set_random_seed(7)
+    layers = [keras.Input((50,)), keras.layers.Dense(400), keras.layers.Dense(50)]
+    model = wrap(keras.Sequential(layers))
+    model.compile("sgd", "mse")
+    model.fit(rows(16, 50), rows(16, 50, seed=1), batch_size=8, verbose=0)
+    ideal = 2 * (wrap.size - 1) / wrap.size * 4 * model.count_params()
+    sent = ideal if wrap.index is None else model.bytes_per_step
+    return {"ratio rounded": np.round(np.array(sent / ideal), 2)}
 
 
 class Bare:
