@@ -60,6 +60,28 @@ def training_of_call(layer: keras.layers.Layer) -> Any:
     return getattr(layer._get_call_context(), "training", None)
 
 
+def strategy_timeout(strategy: Any) -> float | None:
+    """The `timeout_seconds` of the `CommunicationOptions` that a strategy was made with.
+
+    A strategy takes them and has no public way to read them. Goes when it gets one.
+    """
+    return getattr(strategy.extended._communication_options, "timeout_seconds", None)
+
+
+def get_initial_epoch(model: keras.Model) -> int | None:
+    """The epoch that `fit` goes on from, as `BackupAndRestore` has set it.
+
+    Keras hands it from the callback to `fit` in this attribute. Goes when there is a
+    public one.
+    """
+    return model._initial_epoch
+
+
+def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Sets the epoch that `fit` goes on from; see `get_initial_epoch`."""
+    model._initial_epoch = epoch
+
+
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
     """What the user gave to `compile`, the very objects.
 

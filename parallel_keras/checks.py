@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from parallel_keras import _compat, losses
 
 LOSS_ON = ("auto", "merged", "towers")
 RULES = ("mean", "pad", "sum", "whole")
+OWN_ROWS = ("batch", "own")
 
 
 def check_arguments(template: Any, loss_on: Any, strategy: Any, rules: Any) -> None:
@@ -17,8 +19,9 @@ def check_arguments(template: Any, loss_on: Any, strategy: Any, rules: Any) -> N
     Args:
         template: Must be a `keras.Model`.
         loss_on: Must be one of `LOSS_ON`.
-        strategy: Must be `None`.
-        rules: Must be `None` or a mapping from names to `RULES`.
+        strategy: Must be `None` or a `tf.distribute.MultiWorkerMirroredStrategy`.
+        rules: Must be `None` or a mapping from names to `RULES`; that of `"batch"` may
+            also be `"own"`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -39,10 +42,11 @@ def check_arguments(template: Any, loss_on: Any, strategy: Any, rules: Any) -> N
             f"Expected `loss_on` to be one of {LOSS_ON}. Received: loss_on={loss_on!r}. "
             'Leave it out for "auto", which is right for every loss.'
         )
-    if strategy is not None:
-        raise ValueError(
-            "Expected `strategy` to be None: several machines are not supported yet. "
-            f"Received: strategy={strategy!r}. Leave it out to use the devices of this machine."
+    if not isinstance(strategy, (tf.distribute.MultiWorkerMirroredStrategy, type(None))):
+        raise TypeError(
+            "Expected `strategy` to be a tf.distribute.MultiWorkerMirroredStrategy, for several "
+            f"machines. Received: strategy={strategy!r} (of type {type(strategy).__name__}). "
+            "Leave it out to use the devices of this machine."
         )
     if not isinstance(rules, (Mapping, type(None))):
         raise TypeError(
@@ -50,9 +54,10 @@ def check_arguments(template: Any, loss_on: Any, strategy: Any, rules: Any) -> N
             f"Received: rules={rules!r} (of type {type(rules).__name__})."
         )
     for name, rule in (rules or {}).items():
-        if rule not in RULES:
+        if rule not in RULES and (name, rule) != OWN_ROWS:
             raise ValueError(
-                f"Expected every rule to be one of {RULES}. Received: rules={{{name!r}: {rule!r}}}."
+                f"Expected every rule to be one of {RULES}, or 'own' for 'batch'. "
+                f"Received: rules={{{name!r}: {rule!r}}}."
             )
 
 
@@ -83,6 +88,23 @@ def check_template(template: keras.Model, towers: int) -> None:
                 f"only a part of the batch. Received: shape={tuple(tensor.shape)}. "
                 "Build the input without batch_size, or use one device: devices=1."
             )
+
+
+def check_built(template: keras.Model) -> None:
+    """Refuses weights whose values come only after tracing: workers cannot agree on them.
+
+    Args:
+        template: The model.
+
+    Raises:
+        ValueError: If it is not built, or just being built while a graph is traced.
+    """
+    if not (template.built and tf.executing_eagerly()) or _compat.in_stateless_scope():
+        raise ValueError(
+            f"The template has no weights yet, which workers must agree on before they train. "
+            f"Received: template={template.name!r}, unbuilt. Build it first, for example with "
+            "template.build(input_shape) or by a call on one batch."
+        )
 
 
 def check_compile(template: keras.Model, towers: int, *, jit: bool) -> None:

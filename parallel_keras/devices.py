@@ -7,13 +7,15 @@ import tensorflow as tf
 Devices = int | Sequence[int | str] | None
 
 
-def resolve(devices: Devices = None) -> tuple[str, ...]:
+def resolve(devices: Devices = None, task: str = "") -> tuple[str, ...]:
     """Turns a request for devices into canonical names of devices that exist.
 
     Args:
         devices: `None` for all GPUs, or all logical CPUs where there is no GPU;
             an int for the first that many of them; or a list of GPU ids and
             device names in any spelling TensorFlow accepts. Defaults to `None`.
+        task: String, the beginning of the names of the devices that may be used:
+            those of this worker, where there are others. Defaults to `""`.
 
     Returns:
         The names as TensorFlow's runtime spells them, in the order asked for.
@@ -27,7 +29,8 @@ def resolve(devices: Devices = None) -> tuple[str, ...]:
     >>> devices.resolve(["CPU:1", "/cpu:0"])
     ('/device:CPU:1', '/device:CPU:0')
     """
-    existing = [device.name for device in tf.config.list_logical_devices()]
+    every = [device.name for device in tf.config.list_logical_devices()]
+    existing = [name for name in every if name.startswith(task)]
     if devices is None:
         return tuple(_default_devices(existing))
     if isinstance(devices, bool) or not isinstance(devices, (int, Sequence)):

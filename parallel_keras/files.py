@@ -15,6 +15,7 @@ from parallel_keras import _compat
 from parallel_keras.atomic import written_whole
 from parallel_keras.devices import resolve
 from parallel_keras.old_weights import load_multi_gpu_weights
+from parallel_keras.workers import Workers
 
 __all__ = ["TemplateFiles", "load_multi_gpu_weights"]
 
@@ -27,6 +28,7 @@ class TemplateFiles:
     loss_on: str
     request: dict[str, Any]
     _inherit_compile: Callable[[], None]
+    _workers: Workers | None
 
     def save(self, filepath: Any, overwrite: bool = True, *args: Any, **kwargs: Any) -> None:
         """Saves the template, with its compile arguments and optimizer state.
@@ -41,7 +43,7 @@ class TemplateFiles:
             *args: As in `keras.Model.save`.
             **kwargs: As in `keras.Model.save`.
         """
-        if _may_write(filepath, overwrite):
+        if self._writes and _may_write(filepath, overwrite):
             with _place(filepath) as path:
                 self.template.save(path, True, *args, **kwargs)
 
@@ -57,9 +59,14 @@ class TemplateFiles:
             *args: As in `keras.Model.save_weights`.
             **kwargs: As in `keras.Model.save_weights`.
         """
-        if _may_write(filepath, overwrite):
+        if self._writes and _may_write(filepath, overwrite):
             with _place(filepath) as path:
                 self.template.save_weights(path, True, *args, **kwargs)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this worker writes files: of several with the same weights the first does."""
+        return self._workers is None or self._workers.chief
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Loads weights into the template.
@@ -79,8 +86,9 @@ class TemplateFiles:
             *args: As in `keras.Model.export`.
             **kwargs: As in `keras.Model.export`.
         """
-        with _place(filepath) as path:
-            self.template.export(path, *args, **kwargs)
+        if self._writes:
+            with _place(filepath) as path:
+                self.template.export(path, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, the template nested in them.

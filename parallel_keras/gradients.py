@@ -79,9 +79,12 @@ class Recording:
         towers = self._pass.gradients(parts)
         index_of = {id(v): i for i, v in enumerate(_trainable(self._towers))}
         with tf.device(self._towers.merge_device):
+            columns = [_column(towers, index_of.get(id(variable))) for variable in variables]
             return [
-                merge.total([*_column(towers, index_of.get(id(variable))), gradient])
-                for variable, gradient in zip(variables, direct, strict=True)
+                merge.total([*column, gradient])
+                for column, gradient in zip(
+                    self._towers.workers.add_up(columns), direct, strict=True
+                )
             ]
 
 
@@ -151,9 +154,10 @@ class _Differentiable:
         ]
 
     def run(self) -> Merged:
+        shared = self._towers.workers.shared
         sources = [
-            *(self._weights[index] for index in self._trainable),
-            *(self._inputs[index] for index in self._float_inputs),
+            *shared([self._weights[index] for index in self._trainable]),
+            *(shared([self._inputs[index]])[0] for index in self._float_inputs),
         ]
         results: dict[str, Any] = {}
 

@@ -59,20 +59,22 @@ class LossStep:
         x, y, sample_weight = data
         masks = keras.tree.map_structure(_compat.get_mask, (x,))
         call = {"args": (x,), "kwargs": {}, "masks": masks}
-        shards = self.towers.cut({"call": call, "y": y, "weights": sample_weight})
+        shards = self.towers.cut({"call": call, "y": y, "weights": sample_weight}, own=self.count)
         weights = self.towers.read_weights()
         with tf.device(self.towers.merge_device):
             shares = shards.shares()
             # A tower that only stands in must not add to a sum either.
             signs = [tf.sign(share) for share in shares]
         scales = signs if self.reduction == "sum" else shares
-        numbers = iter(zip(scales, shares, strict=True))
+        first = self.towers.workers.first
+        numbers = iter([*zip(scales, shares, strict=True)][first:])
 
         def run(body: Any, own: list[tf.Tensor], *rest: Any) -> Any:
             return body(own, *rest, next(numbers), loss_scale, training)
 
         # Kept as calls, towers start and run faster: nothing of theirs is needed outside.
         results = self.towers.on_each(self.on_tower, shards, weights, run, inline=False)
+        results = self.towers.workers.join(results, "train" if training else "test", shards)
         state = self.towers.merge_state(results, weights, shards)
         return StepResult(self, shards, results, scales, state)
 

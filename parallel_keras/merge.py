@@ -209,7 +209,7 @@ def _join_scalars(column: list[tf.Tensor], shards: Shards, rule: str | None) -> 
 
 def _drop_stand_in(value: Any, rows: Rows) -> Any:
     """Takes away what came from a row that only stood in for none."""
-    if isinstance(rows, int):
+    if isinstance(rows, int) and rows:
         return value
     if isinstance(value, tf.SparseTensor):
         size = tf.where(rows > 0, value.dense_shape[0], tf.zeros([], tf.int64))
@@ -242,7 +242,7 @@ def _check_sizes(column: list[Any], shards: Shards, name: str) -> list[tf.Operat
     shapes = [value.shape for value in column]
     for shape, rows in zip(shapes, shards.rows, strict=True):
         length = shape[0] if shape.rank else None
-        if length is not None and (not isinstance(rows, int) or length % rows):
+        if length is not None and (not isinstance(rows, int) or length % max(rows, 1)):
             raise ValueError(
                 f"Expected the first axis of {name} to be the batch. Received: shape={shape} from "
                 f"a tower with {rows if isinstance(rows, int) else 'a varying number of'} rows. "

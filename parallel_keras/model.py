@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, checks
+from parallel_keras.agreement import agree_on_state, check_same, facts_of
 from parallel_keras.answers import TemplateAnswers
 from parallel_keras.building import symbol
 from parallel_keras.devices import Devices, resolve
@@ -20,10 +21,12 @@ from parallel_keras.shard import is_empty
 from parallel_keras.steps import ParallelSteps
 from parallel_keras.template_steps import LEARNING, TemplateSteps, overrides
 from parallel_keras.towers import Towers, as_call
+from parallel_keras.worker_loops import WorkerLoops
+from parallel_keras.workers import connect
 
 
 @keras.saving.register_keras_serializable(package="parallel_keras")
-class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
+class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSteps):
     """Trains, evaluates and predicts with a model on several devices.
 
     The batch is cut by rows, each device runs the same model on its part, and
@@ -59,7 +62,10 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
             every loss; `"towers"` has each tower compute its part, so that
             outputs stay on their device; `"auto"` takes the towers where that
             is provably the same number. Defaults to `"auto"`.
-        strategy: Not available yet, must be `None`: several machines.
+        strategy: A `tf.distribute.MultiWorkerMirroredStrategy`, made before any other
+            use of TensorFlow, for several machines that run the same script. Batches
+            are global: every worker is fed the same ones and takes its rows. Defaults
+            to `None`.
         name: String, the name of this model. Defaults to one from Keras.
         rules: Dict from the name of an input or output (the last key of its
             path) to what to do with it, where the default does not fit.
@@ -68,7 +74,8 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
             with zeros. `"sum"`: outputs of rank 0 are added up; under the name
             `"add_loss"`, so are the terms that layers give to `add_loss`, which
             else are taken as means over rows. A model's only output is called
-            `"output"`. Defaults to `None`.
+            `"output"`. `"own"` under the name `"batch"`: with a strategy, each worker
+            feeds rows of its own. Defaults to `None`.
 
     Input shape:
         That of the template: tensors of shape `(batch_size, ...)`, in any nest.
@@ -102,8 +109,12 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         rules: Mapping[str, str] | None = None,
     ) -> None:
         checks.check_arguments(template, loss_on, strategy, rules)
-        names = resolve(devices)
-        checks.check_template(template, len(names))
+        workers = connect(strategy, own=checks.OWN_ROWS in (rules or {}).items())
+        task = "" if workers is None else workers.task
+        names = resolve(devices, task)
+        if workers is not None:
+            workers.seat(len(names))
+        checks.check_template(template, len(names) if workers is None else workers.towers)
         # Inputs are converted by the template, on the towers, not here.
         super().__init__(name=name, dtype="float32", autocast=False)
         checks.check_overrides(
@@ -112,7 +123,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         self.template = template
         self.devices = names
         self.loss_on = loss_on
-        self.merge_device = resolve([merge_device])[0]
+        self.merge_device = resolve([merge_device], task)[0]
         self.supports_masking = True
         # XLA compiles for one device: towers can be compiled, the step around them cannot.
         self.jit_compile = False
@@ -121,6 +132,10 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
             "merge_device": merge_device,
             "rules": dict(rules or {}),
         }
+        self._workers = workers
+        self._agreed = False
+        if workers is not None:
+            check_same(workers, facts_of(self))
         self._run_as_compiled()
         if template.compiled:
             self._inherit_compile()
@@ -198,7 +213,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
 
     def _inherit_compile(self, *, jit: bool = False) -> None:
         arguments = _compat.compile_arguments(self.template)
-        checks.check_compile(self.template, len(self.devices), jit=jit)
+        checks.check_compile(self.template, self._towers.workers.towers, jit=jit)
         # The template's optimizer may already be wrapped for loss scaling.
         own = {"optimizer": self.template.optimizer, "jit_compile": False, "auto_scale_loss": False}
         super().compile(**{**arguments, **own})
@@ -208,7 +223,9 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         """Makes the towers anew, compiled by XLA or not traced at all if so asked."""
 
         def towers(model: keras.Model) -> Towers:
-            made = Towers(model, self.devices, self.merge_device, self.request["rules"])
+            made = Towers(
+                model, self.devices, self.merge_device, self.request["rules"], self._workers
+            )
             made.configure(jit=jit, eager=eager)
             return made
 
@@ -220,6 +237,9 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         """Makes the template's weights from the shapes and dtypes of a batch."""
         with tf.device(None):  # weights go where they would go without this wrapper
             self.template(*keras.tree.map_structure(symbol, args), **kwargs)
+        if self._workers is not None:
+            checks.check_built(self.template)
+            agree_on_state(self, self._workers)
 
     def _empty_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the template would return for no rows, which no tower must be given."""

@@ -43,6 +43,7 @@ class Pass:
     Attributes:
         shards: The `Shards` they were given.
         results: For each tower a dict with `outputs`, `masks`, `logits` and `losses`.
+        own: Those of the towers of this worker; they are all, without other workers.
         state: The merged new value of each variable that was assigned.
         rules: How outputs and losses are joined, by name.
         merge_device: Where.
@@ -53,6 +54,7 @@ class Pass:
 
     shards: Shards
     results: list[dict[str, Any]]
+    own: list[dict[str, Any]]
     state: list[tuple[keras.Variable, tf.Tensor]]
     rules: Mapping[str, str]
     merge_device: str
@@ -76,10 +78,9 @@ class Pass:
             return Merged(outputs, masks, logits, terms)
 
     def parts(self) -> list[list[tf.Tensor]]:
-        """For each tower, everything of its result that a gradient can flow to."""
+        """For each tower here, everything of its result that a gradient can flow to."""
         return [
-            floats((result["outputs"], result["logits"], result["losses"]))
-            for result in self.results
+            floats((result["outputs"], result["logits"], result["losses"])) for result in self.own
         ]
 
     def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:

@@ -14,6 +14,7 @@ from parallel_keras.state import is_seed, tower_seed
 # from 1: start far away from it.
 _GROUPS: dict[tuple[str, ...], int] = {}
 _FIRST_GROUP = 7_700_000
+_GROUP_OF_WORKERS = 7_699_999
 _PASSES = itertools.count(1)
 _REDUCTIONS_A_PASS = 2048
 _TIMEOUT_SECONDS = 300.0
@@ -30,6 +31,7 @@ class Peers(NamedTuple):
             reductions of one tower; without it TensorFlow would chain those of
             all towers, which then wait for each other for ever.
         live: float32 tensor `()`, 0 if the tower only stands in.
+        timeout: Seconds after which a tower gives up waiting for the others.
     """
 
     size: tf.Tensor
@@ -37,13 +39,16 @@ class Peers(NamedTuple):
     instance: tf.Tensor
     token: tf.Tensor
     live: tf.Tensor
+    timeout: float = _TIMEOUT_SECONDS
 
 
-def peer_keys(devices: tuple[str, ...]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Size, group and instance of a new pass over these devices."""
-    group = _GROUPS.setdefault(devices, _FIRST_GROUP + len(_GROUPS))
+def peer_keys(devices: tuple[str, ...], others: int = 0) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Size, group and instance of a new pass over these devices, and those of other workers."""
+    # What is counted here need not be counted alike there.
+    own = _FIRST_GROUP + len(_GROUPS)
+    group = _GROUP_OF_WORKERS if others else _GROUPS.setdefault(devices, own)
     instance = (next(_PASSES) * 2 * _REDUCTIONS_A_PASS) % (2**31 - 2 * _REDUCTIONS_A_PASS)
-    return tf.constant(len(devices)), tf.constant(group), tf.constant(instance)
+    return tf.constant(len(devices) + others), tf.constant(group), tf.constant(instance)
 
 
 class TowerScope(keras.StatelessScope):
@@ -207,7 +212,7 @@ class TowerContext(tf.distribute.ReplicaContext):
             ordering_token=[self._peers.token],
             merge_op="Add",
             final_op="Id",
-            timeout_seconds=_TIMEOUT_SECONDS,
+            timeout_seconds=self._peers.timeout,
         )
         return tf.ensure_shape(merged, value.shape)
 

@@ -20,11 +20,13 @@ class Shards(NamedTuple):
             size is known while tracing, else int32 tensors of shape `()`.
             0 marks a part that only stands in for rows that do not exist.
         total: The rows of the whole batch, an int or an int32 tensor.
+        mark: What tells the batch from others, where workers must have the same.
     """
 
     parts: list[Any]
     rows: list[Rows]
     total: Rows
+    mark: Any = None
 
     def shares(self) -> list[tf.Tensor]:
         """The part of the batch that each tower holds; they add up to 1.
@@ -63,7 +65,9 @@ def row_counts(rows: int, towers: int) -> list[int]:
     return [base + 1] * extra + ([base] * (towers - extra) if base else [])
 
 
-def shard(batch: Any, towers: int, whole: Collection[str] = ()) -> Shards:
+def shard(
+    batch: Any, towers: int, whole: Collection[str] = (), here: range | None = None
+) -> Shards:
     """Cuts a nest of tensors by rows, one part for each tower.
 
     Every leaf with a row axis is cut: dense, ragged, sparse and string tensors.
@@ -81,6 +85,8 @@ def shard(batch: Any, towers: int, whole: Collection[str] = ()) -> Shards:
         towers: Int, the number of towers.
         whole: Names of leaves that every tower gets whole: the last key of the
             leaf's path. Defaults to none.
+        here: Which towers belong to this worker: only they get parts, all of them,
+            also those without rows. Defaults to `None`, where there are no others.
 
     Returns:
         The `Shards`.
@@ -105,19 +111,20 @@ def shard(batch: Any, towers: int, whole: Collection[str] = ()) -> Shards:
     total = _common_rows({name: leaves[index] for index, name in split.items()})
     if towers == 1:
         return Shards([keras.tree.pack_sequence_as(batch, leaves)], [total], total)
-    starts, sizes, rows = _cuts(total, towers)
+    starts, sizes, rows = _cuts(total, towers, fill=here is not None)
+    mine = range(len(rows)) if here is None else here
     if not rows:
         return Shards([], [], 0)
-    pieces = {index: _slices(leaves[index], starts, sizes) for index in split}
+    pieces = {index: _slices(leaves[index], starts, sizes, mine) for index in split}
     parts = [
         keras.tree.pack_sequence_as(
             batch,
             [
-                pieces[index][tower] if index in pieces else leaf
+                pieces[index][place] if index in pieces else leaf
                 for index, leaf in enumerate(leaves)
             ],
         )
-        for tower in range(len(rows))
+        for place in range(len(mine))
     ]
     return Shards(parts, rows, total)
 
@@ -185,11 +192,15 @@ def _dynamic_rows(leaf: Any) -> tf.Tensor:
     return tf.shape(leaf)[0]
 
 
-def _cuts(total: Rows, towers: int) -> tuple[list[Rows], list[Rows], list[Rows]]:
+def _cuts(total: Rows, towers: int, *, fill: bool) -> tuple[list[Rows], list[Rows], list[Rows]]:
     """Where each part starts, how many rows it takes, how many of them count."""
     if isinstance(total, int):
         counts = row_counts(total, towers)
-        return [sum(counts[:tower]) for tower in range(len(counts))], counts, counts
+        if not counts or not fill:
+            return [sum(counts[:tower]) for tower in range(len(counts))], counts, counts
+        counts += [0] * (towers - len(counts))
+        starts = [min(sum(counts[:tower]), total - 1) for tower in range(towers)]
+        return starts, [max(count, 1) for count in counts], counts
     check = tf.debugging.assert_positive(total, message="The batch has no rows.")
     with tf.control_dependencies([] if check is None else [check]):
         base, extra = total // towers, total % towers
@@ -200,12 +211,13 @@ def _cuts(total: Rows, towers: int) -> tuple[list[Rows], list[Rows], list[Rows]]
     return starts, [tf.maximum(count, 1) for count in rows], rows
 
 
-def _slices(leaf: Any, starts: list[Rows], sizes: list[Rows]) -> list[Any]:
+def _slices(leaf: Any, starts: list[Rows], sizes: list[Rows], mine: range) -> list[Any]:
     if isinstance(leaf, tf.SparseTensor):
-        return [_slice_sparse(leaf, *cut) for cut in zip(starts, sizes, strict=True)]
-    if isinstance(leaf, tf.Tensor) and all(isinstance(size, int) for size in sizes):
+        return [_slice_sparse(leaf, starts[tower], sizes[tower]) for tower in mine]
+    known = isinstance(leaf, tf.Tensor) and all(isinstance(size, int) for size in sizes)
+    if known and len(mine) == len(sizes):
         return tf.split(leaf, sizes)
-    return [leaf[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    return [leaf[starts[tower] : starts[tower] + sizes[tower]] for tower in mine]
 
 
 def _slice_sparse(leaf: tf.SparseTensor, start: Rows, size: Rows) -> tf.SparseTensor:

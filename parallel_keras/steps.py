@@ -46,11 +46,11 @@ class ParallelSteps(keras.Model):
             A dict of the values of the metrics.
         """
         if self._follows_template():
-            return self._template_steps.run("train_step", data)
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logs = self._step_on_towers((x, y, sample_weight), training=True)
+            return self._template_steps.run("train_step", self._whole(data))
+        logs = self._step_on_towers(keras.utils.unpack_x_y_sample_weight(data), training=True)
         if logs is not None:
             return logs
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._whole(data))
         with tf.GradientTape() as tape, self._runner.record(tape) as recording:
             y_pred = self(x, training=True)
             with tf.device(self.merge_device):
@@ -71,11 +71,11 @@ class ParallelSteps(keras.Model):
             A dict of the values of the metrics.
         """
         if self._follows_template():
-            return self._template_steps.run("test_step", data)
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logs = self._step_on_towers((x, y, sample_weight), training=False)
+            return self._template_steps.run("test_step", self._whole(data))
+        logs = self._step_on_towers(keras.utils.unpack_x_y_sample_weight(data), training=False)
         if logs is not None:
             return logs
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._whole(data))
         with self._runner.record(None) as recording:
             y_pred = self(x, training=False)
         with tf.device(self.merge_device):
@@ -93,10 +93,11 @@ class ParallelSteps(keras.Model):
             The outputs, rows in order.
         """
         if overrides(self.template, ("predict_step",)):
-            return self._template_steps.run("predict_step", data)
+            outputs = self._template_steps.run("predict_step", self._whole(data))
+            return self._towers.workers.own_rows(outputs, data)
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         with self._runner.record(None):
-            return self(x, training=False)
+            return self._towers.workers.own_rows(self(self._whole(x), training=False), x)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Makes the function that `fit` calls for each step, as Keras does.
@@ -153,7 +154,7 @@ class ParallelSteps(keras.Model):
         """Whether the next step to be traced computes the loss on the towers, and why not."""
         if self._follows_template():
             return losses.Decision(None, "the template has steps of its own")
-        if len(self.devices) == 1 or self.loss_on == "merged":
+        if self._towers.workers.towers == 1 or self.loss_on == "merged":
             return losses.Decision(None, "there is one tower, or the merged batch is asked for")
         calls = type(self).call is not self._parallel_call.__func__
         if self._overrides("compute_loss") or calls:
@@ -189,6 +190,8 @@ class ParallelSteps(keras.Model):
         build_losses_and_metrics(self, data)
         metrics = _compat.compiled_metrics(self)
         count = not self._overrides("compute_metrics") and all(map(losses.is_additive, metrics))
+        if not count:
+            data = self._whole(data)
         step = LossStep(self._towers, self, reduction, count)
         try:
             result = step.run(data, training=training, loss_scale=self._loss_scale(training))
@@ -205,6 +208,10 @@ class ParallelSteps(keras.Model):
             if count:
                 return self.get_metrics_result()
             return self.compute_metrics(x, y, result.outputs(), sample_weight=sample_weight)
+
+    def _whole(self, data: Any) -> Any:
+        """The rows of all workers, where each feeds its own."""
+        return self._towers.workers.whole_batch(data)
 
     def _finish(self, result: StepResult, *, training: bool) -> tf.Tensor:
         """Adds the weight regularisers, which count once, and updates the weights."""

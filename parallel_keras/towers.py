@@ -13,8 +13,9 @@ from parallel_keras import _compat
 from parallel_keras.devices import check_one_job
 from parallel_keras.passes import Pass
 from parallel_keras.scope import Peers, TowerScope, depends_on, peer_keys, talking_to
-from parallel_keras.shard import Shards, shard
+from parallel_keras.shard import Shards
 from parallel_keras.state import StateRules, Updates
+from parallel_keras.workers import Alone, Workers
 
 # One call of the template: its "args", its "kwargs", and the "masks" of its args.
 Call = dict[str, Any]
@@ -30,6 +31,8 @@ class Towers:
         devices: Canonical device names.
         merge_device: Where batches are cut and results are merged.
         rules: What to do with single inputs and outputs, by name.
+        workers: The `Workers` that these are the towers of one of. Defaults to
+            `None`, no others.
     """
 
     def __init__(
@@ -38,11 +41,13 @@ class Towers:
         devices: tuple[str, ...],
         merge_device: str,
         rules: Mapping[str, str],
+        workers: Workers | None = None,
     ) -> None:
         self.template = template
         self.devices = devices
         self.merge_device = merge_device
         self.rules = rules
+        self.workers: Workers | Alone = workers or Alone(len(devices))
         self.configure(jit=False, eager=False)
 
     def configure(self, *, jit: bool, eager: bool) -> None:
@@ -56,7 +61,7 @@ class Towers:
         self._fingerprint: tuple[Any, ...] = ()
         self._state_rules = StateRules(self.template)
         # Keras chooses XLA by itself on GPUs; towers that talk to each other cannot have it.
-        alone = len(self.devices) == 1 or not self._state_rules.synchronized
+        alone = self.workers.towers == 1 or not self._state_rules.synchronized
         self._jit, self._eager = jit and alone, eager
         # A variable that is made while a step is traced makes TensorFlow trace it again.
         for device in self.devices if self._state_rules.synchronized else ("/device:CPU:0",):
@@ -92,15 +97,26 @@ class Towers:
                 return body(own, *rest, training)
 
         results = self.on_each(self.on_tower, shards, weights, run)
-        state = self.merge_state(results, weights, shards)
+        everyone = self.workers.join(results, "call", shards)
+        state = self.merge_state(everyone, weights, shards)
         used = self.devices[: len(results)]
-        return Pass(shards, results, state, self.rules, self.merge_device, used, tapes, sources)
+        return Pass(
+            shards, everyone, results, state, self.rules, self.merge_device, used, tapes, sources
+        )
 
-    def cut(self, batch: Any) -> Shards:
-        """Shards a batch, on the merge device."""
+    def cut(self, batch: Any, *, own: bool = False) -> Shards:
+        """Shards a batch, on the merge device.
+
+        Args:
+            batch: Nest of tensors.
+            own: Whether it is this worker's own, where each worker feeds its own rows.
+
+        Returns:
+            The `Shards`.
+        """
         whole = {name for name, rule in self.rules.items() if rule == "whole"}
         with tf.device(self.merge_device):
-            shards = shard(batch, len(self.devices), whole)
+            shards = self.workers.cut(batch, whole, own=own)
         if not shards.parts:
             raise ValueError(
                 "Expected a batch with at least one row: the mean of no losses is not a number. "
@@ -140,9 +156,10 @@ class Towers:
         peers = self._peers(shards)
         results = []
         for index, part in enumerate(shards.parts):
-            with tf.device(self.devices[index]), _named(index, self.devices[index]):
+            number = self.workers.first + index
+            with tf.device(self.devices[index]), _named(number, self.devices[index]):
                 own = tf.identity_n(weights) if weights else []
-                tower = tf.constant(index) if len(shards.parts) > 1 else None
+                tower = tf.constant(number) if len(shards.rows) > 1 else None
                 results.append(run(function, own, tower, peers[index], self._blur(part)))
         return results
 
@@ -266,14 +283,18 @@ class Towers:
         after the other, unless they take a resource. So every tower takes one.
         """
         devices = self.devices[: len(shards.parts)]
-        if len(devices) == 1 or self._eager or self._jit:
+        workers, synchronized = self.workers, self._state_rules.synchronized
+        single = len(devices) == 1 and not (synchronized and workers.size > 1)
+        if single or self._eager or self._jit:
             return [None] * len(devices)
-        if not self._state_rules.synchronized:
+        if not synchronized:
             return [_token("/device:CPU:0")] * len(devices)
-        keys = peer_keys(devices)
-        live = [tf.cast(rows > 0, tf.float32) for rows in map(tf.convert_to_tensor, shards.rows)]
+        others = workers.towers - len(devices) if workers.size > 1 else 0
+        keys = peer_keys(devices, others)
+        rows = shards.rows[workers.first :][: len(devices)]
+        live = [tf.cast(count > 0, tf.float32) for count in map(tf.convert_to_tensor, rows)]
         return [
-            Peers(*keys, token=_token(device), live=alive)
+            Peers(*keys, _token(device), alive, workers.timeout)
             for device, alive in zip(devices, live, strict=True)
         ]
 

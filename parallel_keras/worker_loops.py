@@ -1,0 +1,193 @@
+"""`fit`, `evaluate` and `predict` of one worker among several."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from parallel_keras import checks
+from parallel_keras.agreement import Agreement, agree_on_seed, agree_on_state
+from parallel_keras.own_rows import Feed
+from parallel_keras.workers import Workers
+
+# They write one file for the whole run. Only the chief may; what BackupAndRestore
+# restores there reaches the others.
+_WRITERS = (keras.callbacks.BackupAndRestore, keras.callbacks.CSVLogger)
+
+
+class WorkerLoops(keras.Model):
+    """Base of `DataParallelModel`: Keras' loops, with an agreement before they start."""
+
+    template: keras.Model
+    _workers: Workers | None
+    _agreed: bool
+    _build_template: Callable[[tuple[Any, ...], dict[str, Any]], None]
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `keras.Model.fit` does, on all workers.
+
+        Args:
+            *args: As in `keras.Model.fit`.
+            **kwargs: As in `keras.Model.fit`.
+
+        Returns:
+            The `History`, equal on all workers.
+
+        Raises:
+            ConnectionError: If another worker is gone or does not answer in time.
+        """
+        if self._workers is None:
+            return super().fit(*args, **kwargs)
+        arguments = _by_name(super().fit, args, kwargs)
+        if self._workers.own:
+            feed = Feed(self._workers)
+            feed.training(arguments)
+            feed.validation(arguments)
+        else:
+            agree_on_seed(self._workers, first=not self._agreed)
+        return self._run(super().fit, arguments)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates as `keras.Model.evaluate` does, on all workers.
+
+        Args:
+            *args: As in `keras.Model.evaluate`.
+            **kwargs: As in `keras.Model.evaluate`.
+
+        Returns:
+            The loss and the metrics, equal on all workers.
+
+        Raises:
+            ConnectionError: If another worker is gone or does not answer in time.
+        """
+        # In `fit`, Keras evaluates what was prepared when it started.
+        if self._workers is None or "_use_cached_eval_dataset" in kwargs:
+            return super().evaluate(*args, **kwargs)
+        arguments = _by_name(super().evaluate, args, kwargs)
+        if self._workers.own:
+            Feed(self._workers).evaluation(arguments)
+        return self._run(super().evaluate, arguments)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predicts as `keras.Model.predict` does, on all workers.
+
+        Args:
+            *args: As in `keras.Model.predict`.
+            **kwargs: As in `keras.Model.predict`.
+
+        Returns:
+            The outputs for all rows, on all workers; for this worker's rows where each
+            feeds its own.
+
+        Raises:
+            ConnectionError: If another worker is gone or does not answer in time.
+        """
+        if self._workers is None:
+            return super().predict(*args, **kwargs)
+        arguments = _by_name(super().predict, args, kwargs)
+        if self._workers.own:
+            Feed(self._workers).evaluation(arguments)
+        return self._run(super().predict, arguments)
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """One step as `keras.Model.train_on_batch` does, on all workers.
+
+        Args:
+            *args: As in `keras.Model.train_on_batch`.
+            **kwargs: As in `keras.Model.train_on_batch`.
+
+        Returns:
+            The loss and the metrics, equal on all workers.
+        """
+        return self._on_batch(super().train_on_batch, *args, **kwargs)
+
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """One step as `keras.Model.test_on_batch` does, on all workers.
+
+        Args:
+            *args: As in `keras.Model.test_on_batch`.
+            **kwargs: As in `keras.Model.test_on_batch`.
+
+        Returns:
+            The loss and the metrics, equal on all workers.
+        """
+        return self._on_batch(super().test_on_batch, *args, **kwargs)
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """One step as `keras.Model.predict_on_batch` does, on all workers.
+
+        Args:
+            x: The inputs.
+
+        Returns:
+            The outputs.
+        """
+        return self._on_batch(super().predict_on_batch, x)
+
+    @property
+    def bytes_per_step(self) -> int | None:
+        """The bytes that this worker sends in a training step; `None` before the first one."""
+        return 0 if self._workers is None else self._workers.traffic.get("train")
+
+    def _run(self, loop: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        workers = self._workers
+        if workers is None:
+            return loop(**arguments)
+        self._build_from(arguments["x"])
+        arguments["callbacks"] = _with_agreement(arguments.get("callbacks"), workers)
+        if not workers.chief and "verbose" in arguments and arguments["verbose"] == "auto":
+            arguments["verbose"] = 0
+        self._agreed = True
+        with workers.naming_faults():
+            return loop(**arguments)
+
+    def _build_from(self, data: Any) -> None:
+        """Makes the template's weights, if it has none, before anything is traced."""
+        if self.template.built:
+            return
+        if isinstance(data, keras.utils.PyDataset):
+            data = keras.utils.unpack_x_y_sample_weight(data[0])[0]
+        if isinstance(data, tf.data.Dataset):
+            data = keras.utils.unpack_x_y_sample_weight(data.element_spec)[0]
+        leaves = keras.tree.flatten(data)
+        if all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
+            self._build_template((keras.tree.map_structure(_of_any_rows, data),), {})
+        checks.check_built(self.template)
+
+    def _on_batch(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        workers = self._workers
+        if workers is None:
+            return step(*args, **kwargs)
+        self._build_from(args[0] if args else kwargs["x"])
+        if not self._agreed:
+            agree_on_state(self, workers)
+            self._agreed = True
+        with workers.naming_faults():
+            return step(*args, **kwargs)
+
+
+def _of_any_rows(leaf: Any) -> keras.KerasTensor:
+    dtype = keras.backend.standardize_dtype(leaf.dtype)
+    return keras.KerasTensor((None, *leaf.shape[1:]), dtype)
+
+
+def _by_name(
+    loop: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    return dict(inspect.signature(loop).bind(*args, **kwargs).arguments)
+
+
+def _with_agreement(callbacks: Any, workers: Workers) -> Any:
+    """The callbacks that this worker runs, the agreement after all that restore something."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        given = callbacks.callbacks
+        given[:] = [one for one in given if workers.chief or not isinstance(one, _WRITERS)]
+        callbacks.append(Agreement(workers))
+        return callbacks
+    given = [] if callbacks is None else keras.tree.flatten(callbacks)
+    kept = [one for one in given if workers.chief or not isinstance(one, _WRITERS)]
+    return [*kept, Agreement(workers)]

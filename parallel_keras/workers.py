@@ -1,0 +1,431 @@
+"""Several machines: which towers are here, and sums over all workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from parallel_keras import _compat, cluster, exchange, faults, merge
+from parallel_keras.exchange import Slots
+from parallel_keras.feeding import check_dense, check_marks, fill, mark
+from parallel_keras.shard import Shards, shard
+
+# Seconds after which a worker that waits for another one gives up.
+TIMEOUT = 60.0
+# Collectives share one name space with those of tf.distribute, which counts up from 1, and
+# of `scope`, which starts at 7,700,000. Kinds have a group each, so that workers that do
+# different things wait for each other until the timeout instead of adding up what differs.
+_FIRST_GROUP = 7_600_000
+KINDS = ("start", "sizes", "rows", "batch", "train", "test", "call", "gradients", "towers")
+
+# What a tower returns that has a row for each of its own.
+_OF_ROWS = ("outputs", "masks", "logits")
+
+Columns = list[list[Any]]
+
+
+class Alone:
+    """Stands for the workers where there is only this one: changes and costs nothing."""
+
+    index, size, first, chief, own, timeout = 0, 1, 0, True, False, 300.0
+
+    def __init__(self, towers: int) -> None:
+        self.towers = towers
+
+    def cut(self, batch: Any, whole: Collection[str], *, own: bool) -> Shards:
+        """Shards a batch; see `Workers.cut`."""
+        del own
+        return shard(batch, self.towers, whole)
+
+    def join(self, results: list[dict[str, Any]], kind: str, shards: Shards) -> Any:
+        """The results of all towers; see `Workers.join`."""
+        del kind, shards
+        return results
+
+    def add_up(self, columns: Columns) -> Columns:
+        """Gradients of all towers; see `Workers.add_up`."""
+        return columns
+
+    def shared(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Weights whose gradients are summed; see `Workers.shared`."""
+        return values
+
+    def whole_batch(self, data: Any) -> Any:
+        """The batch of all workers; see `Workers.whole_batch`."""
+        return data
+
+    def own_rows(self, outputs: Any, data: Any) -> Any:
+        """The rows of this worker; see `Workers.own_rows`."""
+        del data
+        return outputs
+
+
+class Workers:
+    """The workers of a `tf.distribute.MultiWorkerMirroredStrategy`, seen from one of them.
+
+    All towers of all workers stand in one row, worker by worker, and share out each
+    batch as the towers of one worker do. The strategy only sets up the connection.
+
+    Args:
+        strategy: The strategy, whose cluster has at least two workers.
+        own: Bool, whether each worker feeds its own rows to `fit`, instead of all
+            feeding the same whole batches.
+
+    Attributes:
+        cluster: The `Cluster`.
+        index: Int, the number of this worker. Number 0 is the chief.
+        size: Int, the number of workers.
+        first: Int, the number of this worker's first tower among those of all.
+        towers: Int, the number of towers of all workers.
+        traffic: Dict from the kind of message to the bytes that this worker sends for
+            one of them, those of which the size is known while tracing.
+    """
+
+    def __init__(self, strategy: Any, *, own: bool) -> None:
+        resolver = strategy.cluster_resolver
+        task = {"type": resolver.task_type, "index": resolver.task_id}
+        jobs = resolver.cluster_spec().as_dict()
+        self.cluster = cluster.read(json.dumps({"cluster": jobs, "task": task}))
+        self.own = own
+        self.index, self.size = self.cluster.rank, len(self.cluster.tasks)
+        self.chief = self.index == 0
+        self.timeout = float(_compat.strategy_timeout(strategy) or TIMEOUT)
+        self.traffic: dict[str, int] = {}
+        self.task = f"/job:{self.cluster.own.job}/replica:0/task:{self.cluster.own.index}"
+        self.device = f"{self.task}/device:CPU:0"
+        self.first, self.towers, self._here = self.index, self.size, 1
+        with tf.init_scope(), tf.device(self.device):
+            self._token = tf.Variable(0.0, trainable=False, name="workers_token")
+
+    def seat(self, towers: int) -> None:
+        """Tells the other workers how many towers are here, and learns how many they have.
+
+        Args:
+            towers: Int.
+        """
+        counts = [int(count) for (count,) in self.gather([tf.constant(towers)], "start")]
+        self.first, self.towers, self._here = sum(counts[: self.index]), sum(counts), towers
+
+    def cut(self, batch: Any, whole: Collection[str], *, own: bool) -> Shards:
+        """Shards a batch: the parts of this worker, the rows of all.
+
+        Args:
+            batch: Nest of tensors.
+            whole: Names of leaves that every tower gets whole.
+            own: Whether the batch is this worker's own, where that is asked for.
+
+        Returns:
+            The `Shards`. `parts` has one entry for each tower of this worker, `rows` one
+            for each tower of all workers.
+        """
+        if not (own and self.own):
+            here = range(self.first, self.first + self._here)
+            shards = shard(batch, self.towers, whole, here)
+            return shards._replace(mark=mark(batch))
+        filled, some = fill(batch)
+        shards = shard(filled, self._here, whole, range(self._here))
+        counted = [[tf.convert_to_tensor(rows) * some] for rows in shards.rows]
+        _, everyone, _ = self.exchange("rows", fixed=counted)
+        rows = [count for (count,) in everyone]
+        total = tf.add_n(rows)
+        check = tf.debugging.assert_positive(
+            total, message="No worker has rows left: each worker has fewer batches than steps."
+        )
+        with tf.control_dependencies([] if check is None else [check]):
+            return Shards(shards.parts, rows, tf.identity(total))
+
+    def join(self, results: list[dict[str, Any]], kind: str, shards: Shards) -> Any:
+        """From the results of the towers of this worker to those of all, in one message.
+
+        Args:
+            results: For each tower here a dict. What the towers' `"gradients"` are is
+                added up: the first tower of the result has the sum.
+            kind: One of `KINDS`.
+            shards: What the towers were given.
+
+        Returns:
+            For each tower of all workers a dict; those of this worker are untouched but
+            for gradients.
+        """
+        columns = [
+            list(column) for column in zip(*[r.get("gradients", ()) for r in results], strict=True)
+        ]
+        dense, sparse = _kinds_of_gradients(columns)
+        same = [{k: r[k] for k in r if k not in ("gradients", *_OF_ROWS)} for r in results]
+        free = [
+            {
+                "outputs": [result.get(kind) for kind in _OF_ROWS],
+                "sparse": [columns[index][tower] for index in sparse],
+            }
+            for tower, result in enumerate(results)
+        ]
+        if shards.mark is not None:
+            same = [{**result, "mark": shards.mark} for result in same]
+        if self.own and shards.rows and shards.mark is None:
+            some = tf.add_n(shards.rows[self.first : self.first + self._here]) > 0
+            dense = {index: _only(value, some) for index, value in dense.items()}
+            same = [_only_losses(result, some) for result in same]
+        sums, fixed, varied = self.exchange(
+            kind, list(dense.values()), [_tensors(s) for s in same], [_tensors(f) for f in free]
+        )
+        joined = []
+        for tower, (one, other) in enumerate(zip(fixed, varied, strict=True)):
+            local = tower - self.first
+            here = 0 <= local < self._here
+            result = _with(same[local if here else 0], one)
+            outputs = free[local] if here else _with(free[0], other)
+            gradients = [None] * len(columns)
+            for position, index in enumerate(sparse):
+                gradients[index] = outputs["sparse"][position]
+            result.update(zip(_OF_ROWS, outputs["outputs"], strict=True))
+            joined.append({**result, "gradients": gradients})
+        for index, value in zip(dense, sums, strict=True):
+            joined[0]["gradients"][index] = value
+        check_marks([result.pop("mark", None) for result in joined], self)
+        return joined
+
+    def add_up(self, columns: Columns) -> Columns:
+        """Adds gradients up over all towers of all workers.
+
+        Args:
+            columns: For each weight a list of the gradients of the towers here, which
+                may be `None` or `tf.IndexedSlices`.
+
+        Returns:
+            For each weight a list of what remains to be added.
+        """
+        if not columns:
+            return columns
+        rows = [{"gradients": list(row)} for row in zip(*columns, strict=True)]
+        joined = self.join(rows, "gradients", Shards([], [], 0))
+        return [list(column) for column in zip(*[r["gradients"] for r in joined], strict=True)]
+
+    def shared(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Values that every worker has, and of which each computes a part of the gradient.
+
+        Args:
+            values: List of float tensors.
+
+        Returns:
+            The same, with gradients that are summed over the workers, to any order.
+        """
+        if not values:
+            return values
+
+        @tf.custom_gradient
+        def spread(*own: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
+            return [tf.identity(value) for value in own], summed
+
+        @tf.custom_gradient
+        def summed(*parts: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
+            sums, _, _ = self.exchange("gradients", list(map(tf.convert_to_tensor, parts)))
+            return sums, spread
+
+        result = spread(*values)
+        return list(result) if isinstance(result, (list, tuple)) else [result]
+
+    def whole_batch(self, data: Any) -> Any:
+        """Puts the rows of all workers one after the other, where each feeds its own.
+
+        Args:
+            data: Nest of dense tensors with rows.
+
+        Returns:
+            The batch, the same on all workers.
+
+        Raises:
+            ValueError: If there are ragged, sparse or string tensors.
+        """
+        if not self.own:
+            return data
+        check_dense(data)
+        leaves = [tf.convert_to_tensor(leaf) for leaf in _tensors(data)]
+        workers = self.gather(leaves, "batch")
+        wholes = [tf.concat(list(column), axis=0) for column in zip(*workers, strict=True)]
+        for whole, leaf in zip(wholes, leaves, strict=True):
+            whole.set_shape([None, *leaf.shape[1:]])
+        return _with(data, wholes)
+
+    def own_rows(self, outputs: Any, data: Any) -> Any:
+        """Takes this worker's rows out of those of all; the inverse of `whole_batch`."""
+        if not self.own:
+            return outputs
+        count = tf.shape(_tensors(data)[0])[0]
+        counts = [rows for (rows,) in self.gather([count], "rows")]
+        start = tf.add_n([tf.zeros_like(count), *counts[: self.index]])
+        return tf.nest.map_structure(lambda leaf: leaf[start : start + count], outputs)
+
+    def from_chief(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The values that the first worker has, exactly.
+
+        Args:
+            values: List of tensors, of the same shapes on all workers.
+
+        Returns:
+            A list of tensors like them.
+        """
+        if not values:
+            return []
+        with tf.device(self.device):
+            said = [exchange.encode(tf.convert_to_tensor(value)) for value in values]
+            sums, _, _ = self.exchange(
+                "start", [part if self.chief else tf.zeros_like(part) for part in said]
+            )
+            return [
+                exchange.decode(part, value.dtype, value.shape)
+                for part, value in zip(sums, values, strict=True)
+            ]
+
+    @contextlib.contextmanager
+    def naming_faults(self) -> Iterator[None]:
+        """Tells which worker an error of the connection comes from."""
+        try:
+            yield
+        except faults.ERRORS as error:
+            named = faults.named(error, self.cluster, self.timeout)
+            if named is None:
+                raise
+            raise named from error
+
+    def gather(self, values: list[tf.Tensor], kind: str) -> list[list[tf.Tensor]]:
+        """The values of each worker, of any shapes.
+
+        Args:
+            values: List of tensors, of as many on each worker.
+            kind: One of `KINDS`.
+
+        Returns:
+            For each worker the list of its values.
+        """
+        place = (self.index, self.size)
+        return self.exchange(kind, varied=[values], place=place)[2]
+
+    def exchange(
+        self,
+        kind: str,
+        sums: Sequence[tf.Tensor] = (),
+        fixed: Slots | None = None,
+        varied: Slots | None = None,
+        place: tuple[int, int] | None = None,
+    ) -> tuple[list[tf.Tensor], Slots, Slots]:
+        """Adds up and gathers over all workers, in one message.
+
+        Args:
+            kind: One of `KINDS`.
+            sums: Float tensors to be added up, of one shape on all workers.
+            fixed: For each slot of this worker tensors to be gathered, of the same
+                shapes in all slots. Defaults to none.
+            varied: Likewise, of any shapes of the same rank. Their sizes are exchanged
+                first. Defaults to none.
+            place: The number of the first slot of this worker, and the number of
+                all slots. Defaults to a slot for each tower.
+
+        Returns:
+            The sums, and for each slot of all workers the tensors.
+        """
+        first, total = place or (self.first, self.towers)
+
+        def reduce(message: tf.Tensor, topic: str = kind) -> tf.Tensor:
+            return self._reduce(message, topic)
+
+        with tf.device(self.device):
+            return exchange.exchange(reduce, sums, fixed or [], varied or [], first, total)
+
+    def _reduce(self, message: tf.Tensor, kind: str) -> tf.Tensor:
+        if message.shape[0] == 0:
+            return message
+        wide = message.dtype == tf.float64
+        if message.shape[0] is not None:
+            sent = 2 * (self.size - 1) * message.shape[0] * message.dtype.size // self.size
+            self.traffic["wide " * wide + kind] = sent
+        return tf.raw_ops.CollectiveReduceV2(
+            input=message,
+            group_size=self.size,
+            group_key=_FIRST_GROUP + 2 * KINDS.index(kind) + wide,
+            # TensorFlow wants one size of message for each key.
+            instance_key=tf.size(message),
+            ordering_token=[self._token.handle],
+            merge_op="Add",
+            final_op="Id",
+            communication_hint="ring",
+            timeout_seconds=self.timeout,
+        )
+
+
+def connect(strategy: Any, *, own: bool) -> Workers | None:
+    """The workers of a strategy.
+
+    Args:
+        strategy: The strategy, or `None`.
+        own: Bool, whether each worker feeds its own rows.
+
+    Returns:
+        The `Workers`, or `None` if this is the only one.
+    """
+    jobs = {} if strategy is None else strategy.cluster_resolver.cluster_spec().as_dict()
+    return Workers(strategy, own=own) if sum(map(len, jobs.values())) > 1 else None
+
+
+def _kinds_of_gradients(columns: Columns) -> tuple[dict[int, tf.Tensor], list[int]]:
+    """The sums of dense gradients by the number of the weight; the numbers of sparse ones."""
+    present = {
+        index: column
+        for index, column in enumerate(columns)
+        if any(value is not None for value in column)
+    }
+    sparse = [
+        index
+        for index, column in present.items()
+        if all(isinstance(value, tf.IndexedSlices) for value in column)
+    ]
+    dense = {
+        index: tf.convert_to_tensor(merge.total(column))
+        for index, column in present.items()
+        if index not in sparse
+    }
+    return dense, sparse
+
+
+def _tensors(nest: Any) -> list[tf.Tensor]:
+    return [leaf for leaf in tf.nest.flatten(nest, expand_composites=True) if _travels(leaf)]
+
+
+def _travels(leaf: Any) -> bool:
+    return tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)
+
+
+def _with(nest: Any, tensors: Sequence[tf.Tensor]) -> Any:
+    """The nest with other tensors, in the order of `_tensors`."""
+    others = iter(tensors)
+    flat = [
+        next(others) if _travels(leaf) else leaf
+        for leaf in tf.nest.flatten(nest, expand_composites=True)
+    ]
+    return tf.nest.pack_sequence_as(
+        tf.nest.map_structure(_of_any_rows, nest), flat, expand_composites=True
+    )
+
+
+def _of_any_rows(leaf: Any) -> Any:
+    """What a ragged or sparse tensor is made by, without the number of its rows."""
+    if isinstance(leaf, tf.RaggedTensor):
+        shape = [None, *leaf.shape[1:]]
+        return tf.RaggedTensorSpec(shape, leaf.dtype, leaf.ragged_rank, leaf.row_splits.dtype)
+    if isinstance(leaf, tf.SparseTensor):
+        return tf.SparseTensorSpec([None, *leaf.shape[1:]], leaf.dtype)
+    return leaf
+
+
+def _only(value: Any, some: tf.Tensor) -> Any:
+    """Zeros instead of the floats of a worker that has no rows: theirs may be NaN."""
+    return tf.where(some, value, tf.zeros_like(value)) if value.dtype.is_floating else value
+
+
+def _only_losses(result: dict[str, Any], some: tf.Tensor) -> dict[str, Any]:
+    losses = {key: result[key] for key in ("loss", "losses") if key in result}
+    return {**result, **tf.nest.map_structure(lambda value: _only(value, some), losses)}

@@ -1,0 +1,82 @@
+"""A worker that trains slowly, so that something can happen to it meanwhile."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import parallel_keras as pk
+from tests.worker_cases import mlp, rows
+
+EPOCHS = 3
+FAILED = 3
+
+
+class Progress(keras.callbacks.Callback):
+    """Says where training is, and takes its time."""
+
+    def __init__(self, pause: float) -> None:
+        super().__init__()
+        self._pause, self._epoch = pause, 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        print(f"epoch {self._epoch} batch {batch}", flush=True)
+        time.sleep(self._pause)
+
+
+def data() -> tuple[np.ndarray, np.ndarray]:
+    return rows(22, 6), rows(22, 3, seed=1)
+
+
+def train(model: keras.Model, callbacks: list[Any]) -> None:
+    """Six batches an epoch, the last one smaller."""
+    model.compile("adam", "mse")
+    x, y = data()
+    model.fit(x, y, batch_size=4, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=callbacks)
+
+
+def worker(settings: dict[str, Any]) -> None:
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    pk.virtual_devices(2)
+    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=settings["timeout"])
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    index, folder = strategy.cluster_resolver.task_id, Path(settings["folder"])
+    wrong = settings.get("wrong") if index == 1 else None
+    template = mlp(4 if wrong == "template" else 3)
+    if wrong == "version":
+        keras.__version__ = "0.0.1"
+    model = pk.DataParallelModel(template, settings["towers"], strategy=strategy)
+    callbacks = [Progress(settings["pause"])]
+    if settings.get("backup"):
+        callbacks.append(keras.callbacks.BackupAndRestore(settings["backup"]))
+    if wrong == "batches":
+        x, y = data()
+        model.compile("sgd", "mse")
+        model.fit(x[::-1], y, batch_size=4, shuffle=False, verbose=0)
+    train(model, callbacks)
+    weights = [variable.numpy() for variable in template.variables]
+    np.savez(folder / f"worker_{index}.npz", *weights)
+
+
+def main() -> None:
+    try:
+        worker(json.loads(sys.argv[1]))
+    except (ConnectionError, ValueError, RuntimeError, tf.errors.OpError) as error:
+        print(f"{time.time()} {type(error).__name__}: {error}", flush=True)
+        print("failed", flush=True)
+        os._exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()
