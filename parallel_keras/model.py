@@ -101,10 +101,16 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         rules: Mapping[str, str] | None = None,
     ) -> None:
         checks.check_arguments(template, loss_on, strategy, rules)
+        if isinstance(template, DataParallelModel):
+            raise ValueError(  # noqa: TRY004 (it is a keras.Model, as asked)
+                "Expected a template that is not on several devices already: towers do not hold "
+                f"towers. Received: a {type(template).__name__} on {list(template.devices)}. "
+                "Wrap what it wraps: DataParallelModel(model.template, devices=...)."
+            )
         names = resolve(devices)
         checks.check_template(template, len(names))
         # Inputs are converted by the template, on the towers, not here.
-        super().__init__(name=name, dtype="float32", autocast=False)
+        super().__init__(name=name, dtype=template.dtype_policy, autocast=False)
         self.template = template
         self.devices = names
         self.loss_on = loss_on

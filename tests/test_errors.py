@@ -122,6 +122,13 @@ def test_templates_with_steps_of_their_own_are_refused(kind: Any, step: str, met
         getattr(parallel, step)(*data, verbose=0)
 
 
+def test_towers_do_not_hold_towers() -> None:
+    parallel = pk.DataParallelModel(mlp(), 2)
+    with pytest.raises(ValueError, match=r"on several devices already.*CPU:1.*model\.template"):
+        pk.DataParallelModel(parallel, 3)
+    assert pk.DataParallelModel(parallel.template, 3).num_towers == 3
+
+
 def test_missing_attribute() -> None:
     """C1: an AttributeError, never a recursion, also on an object that is half made."""
     parallel = pk.DataParallelModel(mlp(), 2)
@@ -199,6 +206,7 @@ RAISES = {
     "devices.py": 14,
     "loss_step.py": 1,
     "merge.py": 2,
+    "model.py": 1,
     "multi_gpu.py": 3,
     "old_weights.py": 6,
     "scope.py": 1,
