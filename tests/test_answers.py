@@ -95,8 +95,7 @@ def test_compute_output_spec_traces_no_tower() -> None:
     calls.clear()
     assert parallel.compute_output_spec(keras.KerasTensor((None, 3))).shape == (None, 3)
     assert parallel(keras.Input((3,))).shape == (None, 3)
-    assert len(calls) == 2
-    assert all(isinstance(x, keras.KerasTensor) for x in calls)
+    assert len(calls) == 2  # the template by itself, once for each question
 
 
 def test_attributes_are_set_where_they_are_read() -> None:
