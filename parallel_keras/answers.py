@@ -7,6 +7,10 @@ from typing import Any
 
 import keras
 
+# What Keras itself sets on the model that is compiled and trained.
+_OF_FIT = ("history", "loss", "loss_weights", "optimizer", "stop_training")
+_KEPT = (keras.layers.Layer, keras.metrics.Metric, keras.Variable, keras.optimizers.Optimizer)
+
 
 class TemplateAnswers:
     """Mixin of `DataParallelModel` that hands questions on to `self.template`."""
@@ -30,12 +34,42 @@ class TemplateAnswers:
             AttributeError: If the template has none either.
         """
         template = self.__dict__.get("template")
-        if template is None or name.startswith("_") or not hasattr(template, name):
-            raise AttributeError(
-                f"{type(self).__name__!r} object has no attribute {name!r}, "
-                f"and its template ({type(template).__name__}) has none either."
-            )
-        return getattr(template, name)
+        cause: AttributeError | None = None
+        if template is not None and not name.startswith("_"):
+            try:
+                return getattr(template, name)
+            except AttributeError as error:
+                cause = error  # Perhaps from inside a property that the template does have.
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r}, "
+            f"and its template ({type(template).__name__}) has none either."
+        ) from cause
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; one that only the template has is set there, where it is read.
+
+        Layers, metrics and the like are set here all the same: a subclass may have
+        some of its own under the name of one of the template's.
+
+        Args:
+            name: String.
+            value: Any.
+        """
+        if self._is_of_template(name) and not isinstance(value, _KEPT):
+            setattr(self.template, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _is_of_template(self, name: str) -> bool:
+        own = vars(self)
+        return (
+            "template" in own
+            and name not in own
+            and name not in _OF_FIT
+            and not name.startswith("_")
+            and not hasattr(type(self), name)
+            and not isinstance(vars(own["template"]).get(name, keras.Model), (type, *_KEPT))
+        )
 
     @property
     def built(self) -> bool:

@@ -109,6 +109,12 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         rules: Mapping[str, str] | None = None,
     ) -> None:
         checks.check_arguments(template, loss_on, strategy, rules)
+        if isinstance(template, DataParallelModel):
+            raise ValueError(  # noqa: TRY004 (it is a keras.Model, as asked)
+                "Expected a template that is not on several devices already: towers do not hold "
+                f"towers. Received: a {type(template).__name__} on {list(template.devices)}. "
+                "Wrap what it wraps: DataParallelModel(model.template, devices=...)."
+            )
         workers = connect(strategy, own=checks.OWN_ROWS in (rules or {}).items())
         task = "" if workers is None else workers.task
         names = resolve(devices, task)
@@ -116,7 +122,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
             workers.seat(len(names))
         checks.check_template(template, len(names) if workers is None else workers.towers)
         # Inputs are converted by the template, on the towers, not here.
-        super().__init__(name=name, dtype="float32", autocast=False)
+        super().__init__(name=name, dtype=template.dtype_policy, autocast=False)
         checks.check_overrides(
             overrides(self, LEARNING, DataParallelModel), overrides(template, LEARNING), loss_on
         )

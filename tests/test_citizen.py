@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from tests.parity import ATOL, RTOL, assert_same_fit, assert_same_variables, mlp, pair, rows
+from tests.parity import ATOL, RTOL, mlp, pair, rows
 
 ALONE = """
 import sys
@@ -187,67 +187,3 @@ def test_masks_go_in_and_out() -> None:
     np.testing.assert_array_equal(actual._keras_mask, tokens != 0)
     explicit = pk.DataParallelModel(inner, 3)(tf.constant(embedded), mask=tf.constant(tokens != 0))
     np.testing.assert_allclose(explicit, expected, rtol=RTOL, atol=ATOL)
-
-
-class Sequence(keras.utils.PyDataset):
-    def __init__(self) -> None:
-        super().__init__()
-        self.epochs_ended = 0
-
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, index: int) -> Any:
-        return rows(7 - index, 6, seed=index), rows(7 - index, 3, seed=10 + index)
-
-    def on_epoch_end(self) -> None:
-        self.epochs_ended += 1
-
-
-@pytest.mark.parametrize("kind", ["dataset", "generator", "validation_split"])
-def test_input_pipelines(kind: str) -> None:
-    """C9: https://github.com/tensorflow/tensorflow/issues/33725."""
-    bare, parallel = pair(mlp, 4, optimizer=lambda: keras.optimizers.SGD(0.05), loss="mse")
-    if kind == "validation_split":
-        x, y = rows(23, 6), rows(23, 3, seed=1)
-        assert_same_fit(bare, parallel, x, y, batch_size=7, epochs=2, validation_split=0.3)
-        return
-    ended = []
-    for model in (bare, parallel):
-        data = Sequence()
-        if kind == "dataset":
-            model.fit(data, epochs=2, verbose=0, shuffle=False)
-        else:
-            generator = (data[index % 3] for index in range(6))
-            model.fit(generator, steps_per_epoch=3, epochs=2, verbose=0, shuffle=False)
-        ended.append(data.epochs_ended)
-    assert ended[0] == ended[1]
-    assert_same_variables(bare, parallel)
-
-
-def test_callbacks_see_plain_values(tmp_path: Path) -> None:
-    """C12: early stopping, learning rates and logs are those of one device."""
-    seen: list[Any] = []
-
-    class Watch(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            seen.extend(logs.values())
-            seen.append(self.model.predict(rows(3, 6), verbose=0))
-
-    x, y = rows(23, 6), rows(23, 3, seed=1)
-    bare, parallel = pair(mlp, 4, optimizer=lambda: keras.optimizers.SGD(0.5), loss="mse")
-    histories = []
-    for model in (bare, parallel):
-        callbacks = [
-            keras.callbacks.EarlyStopping("val_loss", patience=1, restore_best_weights=True),
-            keras.callbacks.ReduceLROnPlateau("loss", patience=1),
-            keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
-            Watch(),
-        ]
-        split = {"validation_split": 0.3, "shuffle": False, "batch_size": 5, "verbose": 0}
-        histories.append(model.fit(x, y, epochs=6, callbacks=callbacks, **split).history)
-    assert list(histories[0]) == list(histories[1])
-    for key, values in histories[0].items():
-        np.testing.assert_allclose(histories[1][key], values, rtol=1e-4, err_msg=key)
-    assert_same_variables(bare, parallel, rtol=1e-4)
-    assert all(isinstance(value, (float, np.ndarray)) for value in seen)

@@ -91,6 +91,13 @@ def test_synchronized_layers_need_towers_that_run_together(how: str) -> None:
         parallel.compile("sgd", "mse", **{how: True})
 
 
+def test_towers_do_not_hold_towers() -> None:
+    parallel = pk.DataParallelModel(mlp(), 2)
+    with pytest.raises(ValueError, match=r"on several devices already.*CPU:1.*model\.template"):
+        pk.DataParallelModel(parallel, 3)
+    assert pk.DataParallelModel(parallel.template, 3).num_towers == 3
+
+
 def test_missing_attribute() -> None:
     """C1: an AttributeError, never a recursion, also on an object that is half made."""
     parallel = pk.DataParallelModel(mlp(), 2)
@@ -171,6 +178,7 @@ RAISES = {
     "feeding.py": 1,
     "loss_step.py": 1,
     "merge.py": 2,
+    "model.py": 1,
     "multi_gpu.py": 3,
     "old_weights.py": 6,
     "own_rows.py": 4,
