@@ -29,7 +29,7 @@ class Recording:
     def __init__(self, towers: Towers, tape: tf.GradientTape | None) -> None:
         self._towers = towers
         self._tape = tape
-        self._alone = len(towers.devices) == 1
+        self._alone = towers.workers.towers == 1
         self._pass: Pass | None = None
 
     @property

@@ -236,7 +236,7 @@ class Towers:
 
     def _traced(self, body: Callable[..., Any], *, inline: bool) -> Callable[..., Any]:
         # One tower in a graph needs no function: nothing is traced twice, as without this library.
-        alone = len(self.devices) == 1 and not self._jit and not tf.executing_eagerly()
+        alone = self.workers.towers == 1 and not self._jit and not tf.executing_eagerly()
         if self._eager or alone:
             return body
         if body not in self._functions:

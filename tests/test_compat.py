@@ -280,3 +280,26 @@ def test_no_private_attribute_of_others_is_used_elsewhere() -> None:
         if path.name != "_compat.py"
     }
     assert {name: found for name, found in uses.items() if found} == {}
+
+
+def test_strategy_timeout() -> None:
+    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=7)
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    assert _compat.strategy_timeout(strategy) == 7
+    assert _compat.strategy_timeout(tf.distribute.MultiWorkerMirroredStrategy()) is None
+
+
+def test_initial_epoch() -> None:
+    """`fit` starts where a callback that restores a state says."""
+
+    class Restore(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            assert not _compat.get_initial_epoch(self.model)
+            _compat.set_initial_epoch(self.model, 2)
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    data = np.ones((2, 3), "float32"), np.ones((2, 1), "float32")
+    history = model.fit(*data, epochs=3, verbose=0, callbacks=[Restore()])
+    assert history.epoch == [2]
+    assert _compat.get_initial_epoch(model) == 2

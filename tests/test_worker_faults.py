@@ -22,7 +22,7 @@ from tests.worker_faults import FAILED, data, train
 
 MODULE = "tests.worker_faults"
 TIMEOUT = 20
-START = 90.0
+START = 150.0  # A busy machine takes long to load TensorFlow.
 
 
 def settings(folder: Path, **more: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def unbroken() -> list[np.ndarray]:
     return [variable.numpy() for variable in model.variables]
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(400)
 def test_killed_then_restarted_with_fewer(tmp_path: Path) -> None:
     """W2, F3: https://github.com/tensorflow/tensorflow/issues/42498.
 
@@ -53,31 +53,25 @@ def test_killed_then_restarted_with_fewer(tmp_path: Path) -> None:
     from the last backup, and end as a run that nothing happened to.
     """
     more = {"backup": str(tmp_path / "backup")}
-    with started(MODULE, settings(tmp_path, **more), 3) as workers:
+    with started(MODULE, settings(tmp_path, **more), 2) as workers:
         workers[0].wait_for("epoch 1 batch 2", START)
-        workers[2].send(signal.SIGKILL)
-        since = time.time()
-        for worker in workers[:2]:
-            seconds, text = error_of(worker, since)
-            assert seconds < TIMEOUT
-            assert "ConnectionError: Training cannot go on" in text
-        named = [f"worker 2 ({workers[2].address})" in worker.said for worker in workers[:2]]
-        assert any(named)
+        workers[1].send(signal.SIGKILL)
+        seconds, text = error_of(workers[0], time.time())
+        assert seconds < TIMEOUT
+        assert "ConnectionError: Training cannot go on" in text
+        assert f"worker 1 ({workers[1].address})" in text
     assert (tmp_path / "backup" / "latest.weights.h5").exists()
-    with started(MODULE, settings(tmp_path, pause=0, towers=2, **more), 2) as workers:
-        for worker in workers:
-            assert worker.wait(START) == 0, worker.said[-3000:]
-            assert "epoch 0" not in worker.said
-            assert "epoch 2 batch 5" in worker.said
-    expected = unbroken()
-    for index in range(2):
-        with np.load(tmp_path / f"worker_{index}.npz") as found:
-            for key, value in zip(found.files, expected, strict=True):
-                np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=3e-6)
+    with started(MODULE, settings(tmp_path, pause=0, towers=2, **more), 1) as workers:
+        assert workers[0].wait(START) == 0, workers[0].said[-3000:]
+        assert "epoch 0" not in workers[0].said
+        assert "epoch 2 batch 5" in workers[0].said
+    with np.load(tmp_path / "worker_0.npz") as found:
+        for key, value in zip(found.files, unbroken(), strict=True):
+            np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=3e-6)
     assert not (tmp_path / "backup").exists()  # deleted at the end, as on one device
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_frozen(tmp_path: Path) -> None:
     """W2: https://github.com/tensorflow/tensorflow/issues/35878."""
     with started(MODULE, settings(tmp_path), 2) as workers:
@@ -88,7 +82,7 @@ def test_frozen(tmp_path: Path) -> None:
         assert f"worker 1 ({workers[1].address})" in text
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("wrong", "expected"),
     [
@@ -135,7 +129,7 @@ def namespaces() -> Iterator[list[tuple[str, str]]]:
             _ip("netns", "delete", name)
 
 
-@pytest.mark.timeout(250)
+@pytest.mark.timeout(350)
 def test_cut_off(namespaces: list[tuple[str, str]], tmp_path: Path) -> None:
     """W2: https://github.com/tensorflow/tensorflow/issues/37112.
 
