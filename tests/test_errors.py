@@ -179,21 +179,14 @@ RAISES = {
     "answers.py": 1,
     "checks.py": 13,
     "cluster.py": 11,
-<<<<<<< HEAD
     "devices.py": 15,
-=======
-    "devices.py": 14,
->>>>>>> workers
     "exchange.py": 1,
     "feeding.py": 1,
     "loss_step.py": 1,
     "merge.py": 2,
     "model.py": 1,
     "multi_gpu.py": 3,
-<<<<<<< HEAD
     "old_weights.py": 6,
-=======
->>>>>>> workers
     "own_rows.py": 4,
     "roll_call.py": 3,
     "scope.py": 1,
