@@ -43,7 +43,6 @@ class Towers:
         self.devices = devices
         self.merge_device = merge_device
         self.rules = rules
-        self._token: tf.Variable | None = None
         self.configure(jit=False, eager=False)
 
     def configure(self, *, jit: bool, eager: bool) -> None:
@@ -59,6 +58,9 @@ class Towers:
         # Keras chooses XLA by itself on GPUs; towers that talk to each other cannot have it.
         alone = len(self.devices) == 1 or not self._state_rules.synchronized
         self._jit, self._eager = jit and alone, eager
+        # A variable that is made while a step is traced makes TensorFlow trace it again.
+        for device in self.devices if self._state_rules.synchronized else ("/device:CPU:0",):
+            _token_variable(device)
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def forward(
@@ -124,7 +126,7 @@ class Towers:
         results = []
         for index, part in enumerate(shards.parts):
             with tf.device(self.devices[index]), _named(index, self.devices[index]):
-                own = [tf.identity(value) for value in weights]
+                own = tf.identity_n(weights) if weights else []
                 tower = tf.constant(index) if len(shards.parts) > 1 else None
                 results.append(run(function, own, tower, peers[index], self._blur(part)))
         return results
@@ -194,13 +196,16 @@ class Towers:
         return {
             "outputs": outputs,
             "masks": keras.tree.map_structure(_compat.get_mask, outputs),
+            "logits": keras.tree.map_structure(_compat.get_logits, outputs),
             "losses": scope.terms,
             "state": state,
             "constant": constant,
         }
 
     def _traced(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        if self._eager:
+        # One tower in a graph needs no function: nothing is traced twice, as without this library.
+        alone = len(self.devices) == 1 and not self._jit and not tf.executing_eagerly()
+        if self._eager or alone:
             return body
         if body not in self._functions:
             self._functions[body] = tf.function(
@@ -311,10 +316,14 @@ def _read(variable: keras.Variable) -> tf.Tensor:
 _TOKENS: dict[str, tf.Variable] = {}
 
 
+def _token_variable(device: str) -> tf.Variable:
+    if device not in _TOKENS:
+        with tf.init_scope(), tf.device(device):
+            _TOKENS[device] = tf.Variable(0.0, trainable=False, name="tower_token")
+    return _TOKENS[device]
+
+
 def _token(device: str) -> tf.Tensor:
     """The handle of a variable on a device, as a tensor that lives there too."""
     with tf.device(device):
-        if device not in _TOKENS:
-            with tf.init_scope():
-                _TOKENS[device] = tf.Variable(0.0, trainable=False, name="tower_token")
-        return tf.identity(_TOKENS[device].handle)
+        return tf.identity(_token_variable(device).handle)
