@@ -36,6 +36,14 @@ def in_stateless_scope() -> bool:
     return _backend.in_stateless_scope()
 
 
+def training_of_call(layer: keras.layers.Layer) -> Any:
+    """The `training` of the call that is going on, also for layers that do not take it.
+
+    Keras hands it down through a context without a public reader. Goes when it gets one.
+    """
+    return getattr(layer._get_call_context(), "training", None)
+
+
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
     """What the user gave to `compile`, the very objects.
 
@@ -145,8 +153,17 @@ def move_variable(variable: keras.Variable, device: str) -> None:
 
     Keras has no public way to place or replace the tensor behind a variable.
     Goes when `keras.Variable` gets a device.
+
+    The new tensor takes over the key of the old one, by which optimizers find
+    slots and what weight decay leaves out. The old one is emptied, so that a
+    function traced before fails instead of using what is no longer trained.
     """
+    old = variable._value
     with tf.init_scope(), tf.device(device):
-        variable._value = tf.Variable(
+        new = tf.Variable(
             variable.numpy(), trainable=variable.trainable, dtype=variable.dtype, name=variable.name
         )
+    new._unique_id = old._unique_id
+    variable._value = new
+    with tf.init_scope(), tf.device(old.device):
+        tf.raw_ops.AssignVariableOp(resource=old.handle, value=tf.zeros([0], old.dtype))

@@ -108,23 +108,27 @@ def check_compile(template: keras.Model, towers: int, *, jit: bool) -> None:
             )
 
 
-def check_overrides(template: keras.Model, methods: tuple[str, ...]) -> None:
-    """Refuses templates with steps of their own, which would silently not be called.
+def check_overrides(own: list[str], templates: list[str], loss_on: str) -> None:
+    """Refuses what steps of the template's own would silently ignore.
 
     Args:
-        template: The model.
-        methods: Names of the methods that the step at hand would need.
+        own: Names of the methods that a subclass of `DataParallelModel` overrides.
+        templates: Names of those that the template overrides.
+        loss_on: What the user asked for.
 
     Raises:
-        ValueError: Naming the method that the template overrides.
+        ValueError: If both have steps, or the loss was to be computed on the towers.
     """
-    for method in methods:
-        if getattr(type(template), method) is not getattr(keras.Model, method):
-            raise ValueError(
-                f"The template overrides `{method}`, which the towers cannot call: they run the "
-                f"template's `call` only. Received: template of type {type(template).__name__}. "
-                f"Subclass DataParallelModel and override `{method}` there."
-            )
+    if templates and loss_on == "towers":
+        raise ValueError(
+            'Expected `loss_on` to be "auto" or "merged": the template computes its loss itself, '
+            f'from merged outputs. Received: loss_on="towers", templates={templates}. Leave it out.'
+        )
+    if own and templates:
+        raise ValueError(
+            "Expected steps of its own in the template or in the subclass of DataParallelModel, "
+            f"not in both. Received: own={own}, templates={templates}. Move all of them to one."
+        )
 
 
 def check_towers_loss(decision: losses.Decision) -> None:

@@ -171,15 +171,17 @@ def _answers_to(candidate: tf.DeviceSpec, wanted: tf.DeviceSpec) -> bool:
     """Whether every field that the user gave is the candidate's.
 
     A name without an index means the first device of its type, as in
-    `tf.device("/GPU")`.
+    `tf.device("/GPU")`. TensorFlow leaves the job out of the names of this
+    process' devices, but writes it into what tensors say of their device.
     """
     index = 0 if wanted.device_index is None else wanted.device_index
+    here = candidate.job is None
     return (
         candidate.device_type.upper() == wanted.device_type.upper()
         and candidate.device_index == index
-        and wanted.job in (None, candidate.job)
-        and wanted.replica in (None, candidate.replica)
-        and wanted.task in (None, candidate.task)
+        and wanted.job in (None, "localhost" if here else candidate.job)
+        and wanted.replica in (None, 0 if here else candidate.replica)
+        and wanted.task in (None, 0 if here else candidate.task)
     )
 
 

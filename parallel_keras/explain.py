@@ -18,8 +18,7 @@ from parallel_keras.model import DataParallelModel
 from parallel_keras.pieces import Data, Pieces
 from parallel_keras.step_times import TowerTimes
 from parallel_keras.stopwatch import Stopwatch
-
-_STEPS: Final = ("train_step", "compute_loss", "compute_metrics")
+from parallel_keras.template_steps import LEARNING, overrides
 
 
 def explain(parallel: DataParallelModel, batch: Any, *, repeats: int = 20) -> Explanation:
@@ -211,13 +210,13 @@ def _check(parallel: Any, repeats: int) -> None:
             f"Received: parallel.compiled={parallel.compiled}. "
             'Call parallel.compile(optimizer="adam", loss=...) first.'
         )
-    for holder in (parallel.template, parallel):
-        is_wrapper = holder is parallel
-        base = DataParallelModel if is_wrapper else keras.Model
-        for step in (*_STEPS, "call") if is_wrapper else _STEPS:
-            if getattr(type(holder), step) is not getattr(base, step):
-                raise ValueError(
-                    "explain knows the pieces of Keras' own training step only. "
-                    f"Received: {type(holder).__name__}, which overrides `{step}`. "
-                    "Explain the same model without it, or use the TensorFlow profiler."
-                )
+    for holder, own in (
+        (parallel.template, overrides(parallel.template, LEARNING)),
+        (parallel, overrides(parallel, (*LEARNING, "call"), DataParallelModel)),
+    ):
+        if own:
+            raise ValueError(
+                "explain knows the pieces of Keras' own training step only. "
+                f"Received: {type(holder).__name__}, which overrides `{own[0]}`. "
+                "Explain the same model without it, or use the TensorFlow profiler."
+            )

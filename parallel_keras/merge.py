@@ -60,18 +60,22 @@ def mean(values: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]) -> tf.Tensor:
 
     Returns:
         A tensor of the shape and dtype of the values. It is computed in at
-        least float32, so that half precision loses nothing by it.
+        least float32, so that half precision loses nothing by it; integers are
+        rounded, and equal ones stay what they are, however large.
     """
     if len(values) == 1:
         return values[0]
     dtype = values[0].dtype
+    if not (dtype.is_floating or dtype.is_complex):
+        first = tf.cast(values[0], tf.int64)
+        apart = [tf.cast(tf.cast(value, tf.int64) - first, tf.float64) for value in values]
+        return tf.cast(first + tf.cast(tf.round(mean(apart, shares)), tf.int64), dtype)
     wide = dtype if dtype in (tf.float64, tf.complex64, tf.complex128) else tf.float32
     terms = [
         tf.math.multiply_no_nan(tf.cast(value, wide), tf.cast(share, wide))
         for value, share in zip(values, shares, strict=True)
     ]
-    merged = tf.add_n(terms)
-    return tf.cast(merged if dtype.is_floating or dtype.is_complex else tf.round(merged), dtype)
+    return tf.cast(tf.add_n(terms), dtype)
 
 
 def live_sum(values: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -187,24 +191,20 @@ def _join(column: list[Any], shards: Shards, name: str, rule: str | None) -> Any
         return first
     if first.shape.rank == 0:
         return _join_scalars(column, shards, rule)
-    if isinstance(first, tf.SparseTensor):
-        return tf.sparse.concat(0, [_drop_stand_in(v, r) for v, r in _rows(column, shards)])
-    if isinstance(first, tf.RaggedTensor):
-        return tf.concat([_drop_stand_in(v, r) for v, r in _rows(column, shards)], axis=0)
     checks = [] if rule == "pad" else _check_sizes(column, shards, name)
     column = _pad(column) if rule == "pad" else column
     # Without this order the concatenation fails first, with a message that names nothing.
     with tf.control_dependencies(checks):
-        kept = [_drop_stand_in(v, r) for v, r in _rows(column, shards)]
-        return tf.concat([tf.identity(v) for v in kept] if checks else kept, axis=0)
+        kept = [_drop_stand_in(v, r) for v, r in zip(column, shards.rows, strict=True)]
+        if checks:
+            kept = [tf.nest.map_structure(tf.identity, v, expand_composites=True) for v in kept]
+        if isinstance(first, tf.SparseTensor):
+            return tf.sparse.concat(0, kept, expand_nonconcat_dims=rule == "pad")
+        return tf.concat(kept, axis=0)
 
 
 def _join_scalars(column: list[tf.Tensor], shards: Shards, rule: str | None) -> tf.Tensor:
     return (live_sum if rule == "sum" else mean)(column, shards.shares())
-
-
-def _rows(column: Sequence[Any], shards: Shards) -> list[tuple[Any, Rows]]:
-    return list(zip(column, shards.rows, strict=True))
 
 
 def _drop_stand_in(value: Any, rows: Rows) -> Any:
@@ -221,7 +221,13 @@ def _drop_stand_in(value: Any, rows: Rows) -> Any:
     return value[: tf.where(rows > 0, length, tf.zeros_like(length))]
 
 
-def _pad(column: list[tf.Tensor]) -> list[tf.Tensor]:
+def _pad(column: list[Any]) -> list[Any]:
+    """Fills every part up to the largest size; sparse ones are when they are joined."""
+    if isinstance(column[0], tf.SparseTensor):
+        return column
+    if isinstance(column[0], tf.RaggedTensor):
+        values = _pad([value.flat_values for value in column])
+        return [old.with_flat_values(new) for old, new in zip(column, values, strict=True)]
     shapes = [tf.shape(value) for value in column]
     largest = tf.reduce_max(tf.stack(shapes), axis=0)
     grow = [tf.concat([[0], (largest - shape)[1:]], axis=0) for shape in shapes]
@@ -231,7 +237,7 @@ def _pad(column: list[tf.Tensor]) -> list[tf.Tensor]:
     ]
 
 
-def _check_sizes(column: list[tf.Tensor], shards: Shards, name: str) -> list[tf.Operation]:
+def _check_sizes(column: list[Any], shards: Shards, name: str) -> list[tf.Operation]:
     """Fails with the output's name where a concatenation would be wrong or fail without it."""
     shapes = [value.shape for value in column]
     for shape, rows in zip(shapes, shards.rows, strict=True):
@@ -242,22 +248,33 @@ def _check_sizes(column: list[tf.Tensor], shards: Shards, name: str) -> list[tf.
                 f"a tower with {rows if isinstance(rows, int) else 'a varying number of'} rows. "
                 'If it is the same for every row, declare it: rules={"output name": "whole"}.'
             )
-    inner = [shape[1:] for shape in shapes]
     mismatch = (
         "Expected {} to have the same size on every tower, but for rows. Received: shapes={}. "
     )
     remedy = 'Declare how to join it: DataParallelModel(..., rules={"output name": "pad"}).'
+    inner = [_inner_shape(value) for value in column]
     if not all(shape.is_compatible_with(inner[0]) for shape in inner):
         raise ValueError(mismatch.format(name, [tuple(shape) for shape in shapes]) + remedy)
     if all(shape.is_fully_defined() for shape in inner):
         return []
-    sizes = tf.stack([tf.shape(value)[1:] for value in column])
+    sizes = tf.stack([_inner_sizes(value) for value in column])
     check = tf.debugging.assert_equal(
         sizes,
         tf.broadcast_to(sizes[:1], tf.shape(sizes)),
         message=mismatch.format(name, "below, a line for each tower") + remedy,
     )
     return [] if check is None else [check]
+
+
+def _inner_shape(value: Any) -> tf.TensorShape:
+    """What must be the same on every tower, as far as it is known: the ragged axes need not."""
+    return (value.flat_values if isinstance(value, tf.RaggedTensor) else value).shape[1:]
+
+
+def _inner_sizes(value: Any) -> tf.Tensor:
+    if isinstance(value, tf.SparseTensor):
+        return value.dense_shape[1:]
+    return tf.shape(value.flat_values if isinstance(value, tf.RaggedTensor) else value)[1:]
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -17,7 +17,8 @@ from parallel_keras.files import TemplateFiles
 from parallel_keras.gradients import Runner
 from parallel_keras.shard import is_empty
 from parallel_keras.steps import ParallelSteps
-from parallel_keras.towers import Call, Towers
+from parallel_keras.template_steps import LEARNING, TemplateSteps, overrides
+from parallel_keras.towers import Towers, as_call
 
 
 @keras.saving.register_keras_serializable(package="parallel_keras")
@@ -104,6 +105,9 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         checks.check_template(template, len(names))
         # Inputs are converted by the template, on the towers, not here.
         super().__init__(name=name, dtype="float32", autocast=False)
+        checks.check_overrides(
+            overrides(self, LEARNING, DataParallelModel), overrides(template, LEARNING), loss_on
+        )
         self.template = template
         self.devices = names
         self.loss_on = loss_on
@@ -116,8 +120,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
             "merge_device": merge_device,
             "rules": dict(rules or {}),
         }
-        self._towers = Towers(template, names, self.merge_device, dict(rules or {}))
-        self._runner = Runner(self._towers)
+        self._run_as_compiled()
         if template.compiled:
             self._inherit_compile()
 
@@ -143,7 +146,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         """
         if is_empty((inputs, args)):
             return self._empty_outputs((inputs, *args), kwargs)
-        outputs, masks, terms = self._runner(_as_call((inputs, *args), kwargs, mask), training)
+        outputs, masks, terms = self._runner(as_call((inputs, *args), kwargs, mask), training)
         if terms:
             self.add_loss(terms)
         keras.tree.map_structure(_compat.set_mask, outputs, masks)
@@ -178,8 +181,19 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         # The template's optimizer may already be wrapped for loss scaling.
         own = {"optimizer": self.template.optimizer, "jit_compile": False, "auto_scale_loss": False}
         super().compile(**{**arguments, **own})
-        self._towers.configure(jit=self.template.jit_compile, eager=self.run_eagerly)
-        self._runner = Runner(self._towers, eager=self.run_eagerly)
+        self._run_as_compiled(jit=self.template.jit_compile, eager=self.run_eagerly)
+
+    def _run_as_compiled(self, *, jit: bool = False, eager: bool = False) -> None:
+        """Makes the towers anew, compiled by XLA or not traced at all if so asked."""
+
+        def towers(model: keras.Model) -> Towers:
+            made = Towers(model, self.devices, self.merge_device, self.request["rules"])
+            made.configure(jit=jit, eager=eager)
+            return made
+
+        self._towers = towers(self.template)
+        self._runner = Runner(self._towers, eager=eager)
+        self._template_steps = TemplateSteps(self.template, towers, eager=eager)
 
     def _build_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the template's weights from the shapes and dtypes of a batch."""
@@ -218,10 +232,3 @@ def _as_positional(
         return args, kwargs
     bound = inspect.signature(template.call).bind_partial(*args, **named)
     return bound.args, {**bound.kwargs, **context}
-
-
-def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Call:
-    masks = keras.tree.map_structure(_compat.get_mask, args)
-    if mask is not None:
-        masks = (mask, *masks[1:])
-    return {"args": args, "kwargs": kwargs, "masks": masks}

@@ -33,15 +33,17 @@ def multi_gpu_model(
             all GPUs. Defaults to `None`.
         cpu_merge: Bool, whether the CPU merges outputs and gradients, else the
             first GPU. Defaults to `True`.
-        cpu_relocation: Bool, whether the weights move to the CPU. They are moved
-            in place: the model itself is trained, not a copy of it. Defaults to
-            `False`.
+        cpu_relocation: Bool, whether the weights, and what an optimizer keeps
+            for them, move to the CPU. They are moved in place: the model itself
+            is trained, not a copy of it. Defaults to `False`.
 
     Returns:
         A `DataParallelModel`.
 
     Raises:
-        ValueError: If there are fewer than 2 devices, or not those asked for.
+        TypeError: If `model` is not a `keras.Model`.
+        ValueError: If there are fewer than 2 devices, or not those asked for, or
+            if weights are to be moved that do not exist yet.
 
     Example:
     >>> from parallel_keras import multi_gpu_model
@@ -51,9 +53,11 @@ def multi_gpu_model(
     2
     """
     devices = _at_least_two(gpus)
+    merge_device = "/CPU:0" if cpu_merge else devices[0]
+    parallel = DataParallelModel(model, devices, merge_device=merge_device)
     if cpu_relocation:
         _move_weights(model, "/CPU:0")
-    return DataParallelModel(model, devices, merge_device="/CPU:0" if cpu_merge else devices[0])
+    return parallel
 
 
 def _at_least_two(gpus: Any) -> list[str]:
@@ -76,6 +80,15 @@ def _at_least_two(gpus: Any) -> list[str]:
 
 
 def _move_weights(model: keras.Model, device: str) -> None:
-    """Moves every weight, keeping its value and its place in the model."""
-    for variable in model.variables:
+    """Moves every weight, keeping its value and its place in the model and its optimizer."""
+    if not model.built:
+        raise ValueError(
+            "cpu_relocation moves the weights of a model, but this one has none yet. "
+            f"Received: model={model.name!r}, not built. Call it on a batch, or "
+            "model.build(input_shape), or build it inside tf.device('/CPU:0')."
+        )
+    slots = model.optimizer.variables if model.compiled and model.optimizer else []
+    for variable in [*model.variables, *slots]:
         _compat.move_variable(variable, device)
+    # Keras traced these with the weights where they were.
+    model.train_function = model.test_function = model.predict_function = None

@@ -13,7 +13,7 @@ from parallel_keras.loss_step import LossStep, NeedsWholeBatch
 from parallel_keras.model import DataParallelModel
 from parallel_keras.passes import Pass
 from parallel_keras.shard import Shards
-from parallel_keras.towers import Towers
+from parallel_keras.towers import Towers, as_call
 
 Data = tuple[Any, Any, Any]
 Piece = Callable[[Data], Any]
@@ -79,7 +79,7 @@ class Pieces:
     def shards(self, data: Data) -> Shards:
         """The batch, cut."""
         x, y, sample_weight = data
-        return self.towers.cut({"call": _call(x), "y": y, "weights": sample_weight})
+        return self.towers.cut({"call": as_call((x,), {}, None), "y": y, "weights": sample_weight})
 
     def _make_towers(self, devices: tuple[str, ...]) -> Towers:
         parallel = self.parallel
@@ -122,7 +122,7 @@ class Pieces:
 
     def _forward(self, data: Data, towers: Towers | None = None) -> Pass:
         towers = towers or self.towers
-        shards = towers.cut(_call(data[0]))
+        shards = towers.cut(as_call((data[0],), {}, None))
         wanted = {id(variable) for variable in self.parallel.trainable_weights}
         mine = [id(variable) in wanted for variable in self.parallel.template.variables]
 
@@ -169,11 +169,6 @@ class Pieces:
             result.update_counters()
             outputs = None if result.step.count else result.outputs()
             return result.gradients(), result.loss(), outputs, [v for _, v in result.state]
-
-
-def _call(x: Any) -> dict[str, Any]:
-    masks = keras.tree.map_structure(_compat.get_mask, (x,))
-    return {"args": (x,), "kwargs": {}, "masks": masks}
 
 
 def _tensors(nest: Any) -> list[tf.Tensor]:

@@ -71,7 +71,7 @@ def shard(batch: Any, towers: int, whole: Collection[str] = ()) -> Shards:
     in `whole` go to every tower as they are.
 
     Where the number of rows is known while tracing, there are as many parts as
-    towers can have a row. Where it is not, there are always `towers` parts, and
+    towers can have a row (for no rows no parts, but with one tower). Where it is not, there are always `towers` parts, and
     a tower without rows gets a copy of the last row, marked by `rows` 0: a model
     must never see an empty batch, because normalisation layers and means turn
     it into NaN.
@@ -106,6 +106,8 @@ def shard(batch: Any, towers: int, whole: Collection[str] = ()) -> Shards:
     if towers == 1:
         return Shards([keras.tree.pack_sequence_as(batch, leaves)], [total], total)
     starts, sizes, rows = _cuts(total, towers)
+    if not rows:
+        return Shards([], [], 0)
     pieces = {index: _slices(leaves[index], starts, sizes) for index in split}
     parts = [
         keras.tree.pack_sequence_as(

@@ -12,6 +12,7 @@ import tensorflow as tf
 from parallel_keras import _compat, checks, losses, merge
 from parallel_keras.gradients import Runner
 from parallel_keras.loss_step import LossStep, NeedsWholeBatch, StepResult
+from parallel_keras.template_steps import LEARNING, TemplateSteps, overrides
 from parallel_keras.towers import Towers
 
 
@@ -25,6 +26,7 @@ class ParallelSteps(keras.Model):
     _parallel_call: Any
     _runner: Runner
     _towers: Towers
+    _template_steps: TemplateSteps
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`: losses and gradients of the whole batch, one update.
@@ -35,7 +37,8 @@ class ParallelSteps(keras.Model):
         Returns:
             A dict of the values of the metrics.
         """
-        checks.check_overrides(self.template, ("train_step", "compute_loss", "compute_metrics"))
+        if self._follows_template():
+            return self._template_steps.run("train_step", data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         logs = self._step_on_towers((x, y, sample_weight), training=True)
         if logs is not None:
@@ -59,7 +62,8 @@ class ParallelSteps(keras.Model):
         Returns:
             A dict of the values of the metrics.
         """
-        checks.check_overrides(self.template, ("test_step", "compute_loss", "compute_metrics"))
+        if self._follows_template():
+            return self._template_steps.run("test_step", data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         logs = self._step_on_towers((x, y, sample_weight), training=False)
         if logs is not None:
@@ -80,14 +84,39 @@ class ParallelSteps(keras.Model):
         Returns:
             The outputs, rows in order.
         """
-        checks.check_overrides(self.template, ("predict_step",))
+        if overrides(self.template, ("predict_step",)):
+            return self._template_steps.run("predict_step", data)
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         with self._runner.record(None):
             return self(x, training=False)
 
     @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """What the steps update: the template's own metrics where its own steps are taken."""
+        return self.template.metrics if self._follows_template() else super().metrics
+
+    def reset_metrics(self) -> None:
+        """Starts the metrics anew, as Keras does at the beginning of an epoch."""
+        if self._follows_template():
+            self.template.reset_metrics()
+        else:
+            super().reset_metrics()
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """The values of the metrics.
+
+        Returns:
+            A dict from names to values.
+        """
+        if self._follows_template():
+            return self.template.get_metrics_result()
+        return super().get_metrics_result()
+
+    @property
     def loss_path(self) -> losses.Decision:
         """Whether the next step to be traced computes the loss on the towers, and why not."""
+        if self._follows_template():
+            return losses.Decision(None, "the template has steps of its own")
         if len(self.devices) == 1 or self.loss_on == "merged":
             return losses.Decision(None, "there is one tower, or the merged batch is asked for")
         calls = type(self).call is not self._parallel_call.__func__
@@ -175,4 +204,9 @@ class ParallelSteps(keras.Model):
                 return
 
     def _overrides(self, method: str) -> bool:
-        return getattr(type(self), method) is not getattr(keras.Model, method)
+        return bool(overrides(self, (method,)))
+
+    def _follows_template(self) -> bool:
+        """Whether `fit` and `evaluate` take the template's own steps."""
+        template = self.__dict__.get("template")
+        return template is not None and bool(overrides(template, LEARNING))

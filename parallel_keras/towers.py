@@ -97,7 +97,13 @@ class Towers:
         """Shards a batch, on the merge device."""
         whole = {name for name, rule in self.rules.items() if rule == "whole"}
         with tf.device(self.merge_device):
-            return shard(batch, len(self.devices), whole)
+            shards = shard(batch, len(self.devices), whole)
+        if not shards.parts:
+            raise ValueError(
+                "Expected a batch with at least one row: the mean of no losses is not a number. "
+                "Received: a batch of 0 rows. Leave empty batches out."
+            )
+        return shards
 
     def read_weights(self) -> list[tf.Tensor]:
         """The values of the template's variables, each read where it lives."""
@@ -261,6 +267,23 @@ class Towers:
             return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
 
         return keras.tree.map_structure(hide, part)
+
+
+def as_call(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Call:
+    """One call of a model, as towers take it.
+
+    Args:
+        args: Its positional arguments.
+        kwargs: Its keyword arguments, without `training` and `mask`.
+        mask: Masks of the first argument, `None` for those that Keras attached.
+
+    Returns:
+        The `Call`.
+    """
+    masks = keras.tree.map_structure(_compat.get_mask, args)
+    if mask is not None:
+        masks = (mask, *masks[1:])
+    return {"args": args, "kwargs": kwargs, "masks": masks}
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -120,6 +121,18 @@ def test_variables_cannot_be_moved_publicly() -> None:
     assert not hasattr(variable, "device")
 
 
+def test_moved_variables_keep_the_key_that_optimizers_know() -> None:
+    """And what is left behind is emptied: it could only be used by mistake."""
+    variable = keras.Variable(np.arange(3.0), name="moved")
+    old = variable.value
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build([variable])
+    _compat.move_variable(variable, "/CPU:2")
+    optimizer.apply([tf.ones(3)])
+    np.testing.assert_allclose(variable.numpy(), np.arange(3) - 0.1, rtol=1e-5)
+    assert tf.raw_ops.ReadVariableOp(resource=old.handle, dtype=old.dtype).shape == (0,)
+
+
 def test_nothing_private_is_used_elsewhere() -> None:
     private = re.compile(r"keras\.src|tensorflow\.python|__internal__|\.extended\._")
     uses = [
@@ -130,6 +143,22 @@ def test_nothing_private_is_used_elsewhere() -> None:
         if private.search(line)
     ]
     assert uses == []
+
+
+def test_training_reaches_layers_that_do_not_take_it() -> None:
+    found: list[Any] = []
+
+    class Asks(keras.layers.Layer):
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            found.append(_compat.training_of_call(self))
+            return x
+
+    model = keras.Sequential([keras.Input((3,)), Asks()])
+    found.clear()
+    model(tf.zeros((2, 3)), training=True)
+    model(tf.zeros((2, 3)), training=False)
+    assert found == [True, False]
+    assert not hasattr(model.layers[0], "training")
 
 
 def test_no_mask_is_not_attached() -> None:

@@ -306,3 +306,51 @@ def test_the_check_of_sizes_comes_before_the_outputs() -> None:
             pytest.raises(tf.errors.InvalidArgumentError, match="the output to have the same size"),
         ):
             session.run(merged, {parts[0]: np.ones((3, 2)), parts[1]: np.ones((2, 4))})
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "uint64", "bool"])
+def test_mean_of_equal_integers_of_any_kind(dtype: str) -> None:
+    largest = np.array(1 if dtype == "bool" else np.iinfo(dtype).max, dtype)
+    assert merge.mean([tf.constant(largest)] * 3, SHARES).numpy() == largest
+
+
+@pytest.mark.parametrize("values", [(0, 100, 200), (200, 0, 0), (255, 254, 0)])
+def test_mean_of_unsigned_integers_does_not_wrap(values: tuple[int, ...]) -> None:
+    merged = merge.mean([tf.constant(value, tf.uint8) for value in values], SHARES)
+    assert int(merged) == round(np.average(values, weights=SHARES))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "ragged"])
+def test_other_sizes_are_refused_by_name_at_run_time(kind: str) -> None:
+    def join(one: Any, other: Any) -> Any:
+        return merge.outputs([{"boxes": one}, {"boxes": other}], SHARDS)
+
+    if kind == "sparse":
+        spec: Any = tf.SparseTensorSpec([None, None], tf.float32)
+        parts = [tf.sparse.from_dense(np.ones((n, w), "float32")) for n, w in ((3, 2), (2, 4))]
+    else:
+        spec = tf.RaggedTensorSpec([None, None, None], tf.float32, ragged_rank=1)
+        parts = [
+            tf.RaggedTensor.from_row_lengths(tf.ones((n, w)), [1] * n) for n, w in ((3, 2), (2, 4))
+        ]
+    traced = tf.function(join, input_signature=[spec] * 2)
+    assert traced(parts[0], parts[0])["boxes"].shape[0] in (None, 6)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="output boxes to have the same size"):
+        traced(*parts)
+
+
+def test_pad_of_sparse_and_ragged() -> None:
+    rules = {"output": "pad"}
+    sparse = [tf.sparse.from_dense(np.ones((n, w))) for n, w in ((3, 2), (2, 4))]
+    expected = np.zeros((5, 4))
+    expected[:3, :2] = expected[3:] = 1
+    np.testing.assert_array_equal(
+        tf.sparse.to_dense(merge.outputs(sparse, SHARDS, rules)), expected
+    )
+    ragged = [
+        tf.RaggedTensor.from_row_lengths(tf.ones((n, w)), lengths)
+        for n, w, lengths in ((3, 2, [0, 1, 2]), (2, 4, [1, 1]))
+    ]
+    merged = merge.outputs(ragged, SHARDS, rules)
+    assert merged.row_lengths().numpy().tolist() == [0, 1, 2, 1, 1]
+    np.testing.assert_array_equal(merged.flat_values, expected)

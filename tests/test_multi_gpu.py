@@ -1,6 +1,7 @@
 """The historical contract of multi_gpu_model."""
 
 import collections
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -150,3 +151,53 @@ def test_a_model_that_is_refused_is_not_moved() -> None:
 def test_relocation_refuses_what_is_no_model() -> None:
     with pytest.raises(TypeError, match=r"Expected `template` to be a keras\.Model"):
         pk.multi_gpu_model(None, ["CPU:1", "CPU:2"], cpu_relocation=True)
+
+
+def test_relocation_keeps_what_the_optimizer_knows() -> None:
+    """Slots, what weight decay leaves out, and the numbers, against a model that never moved."""
+
+    def compiled() -> keras.Model:
+        model = small()
+        model.compile(keras.optimizers.AdamW(0.01, weight_decay=0.3), "mse")
+        model.optimizer.exclude_from_weight_decay(var_list=[model.weights[0]])
+        return model
+
+    x, y = rows(11, 6), rows(11, 3, seed=1)
+    bare, moved = compiled(), compiled()
+    for model in (bare, moved):
+        model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    parallel = pk.multi_gpu_model(moved, ["CPU:1", "CPU:2"], cpu_relocation=True)
+    places = {variable.value.device[-5:] for variable in moved.optimizer.variables}
+    assert places == {"CPU:0"}
+    for model in (bare, parallel):
+        model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    for one, other in zip(bare.optimizer.variables, moved.optimizer.variables, strict=True):
+        np.testing.assert_allclose(other.numpy(), one.numpy(), rtol=1e-5, atol=2e-6)
+    for one, other in zip(bare.get_weights(), moved.get_weights(), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=2e-6)
+
+
+def test_a_relocated_model_is_exported_as_it_is(tmp_path: Path) -> None:
+    model, x = small(), rows(8, 6)
+    parallel = pk.multi_gpu_model(model, ["CPU:1", "CPU:2"], cpu_relocation=True)
+    parallel.compile("sgd", "mse")
+    parallel.fit(x, rows(8, 3), verbose=0)
+    parallel.export(str(tmp_path / "served"), verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "served"))
+    np.testing.assert_allclose(served.serve(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_traced_before_the_relocation_fails_aloud() -> None:
+    """Rather than go on with weights that are no longer trained."""
+    model, x = small(), tf.constant(rows(8, 6))
+    traced = tf.function(model)
+    traced(x)
+    pk.multi_gpu_model(model, ["CPU:1", "CPU:2"], cpu_relocation=True)
+    with pytest.raises(tf.errors.OpError, match="(?i)matrix|shape"):
+        traced(x)
+
+
+def test_relocation_needs_weights() -> None:
+    model = keras.Sequential([keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match=r"has none yet. Received: model=.*Call it on a batch"):
+        pk.multi_gpu_model(model, ["CPU:1", "CPU:2"], cpu_relocation=True)

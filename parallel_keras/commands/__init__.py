@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Final
 
 COMMANDS: Final[dict[str, str]] = {
+    "cluster": "Check TF_CONFIG, and that the workers it names can reach each other.",
     "demo": "Train on handwritten digits on one device and on all of them, and compare the two.",
 }
 """Each command with the line that stands for it in the list of commands."""

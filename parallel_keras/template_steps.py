@@ -1,0 +1,118 @@
+"""The template's own steps, with every call of a model in them on all devices."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+from parallel_keras import _compat
+from parallel_keras.gradients import Runner
+from parallel_keras.shard import is_empty
+from parallel_keras.towers import Towers, as_call
+
+# Overriding one of them changes what `fit` and `evaluate` compute.
+LEARNING = ("train_step", "test_step", "compute_loss", "compute_metrics", "metrics")
+
+
+def overrides(model: keras.Model, methods: tuple[str, ...], base: type = keras.Model) -> list[str]:
+    """The methods of a base class that a model's class has made its own.
+
+    Args:
+        model: The model.
+        methods: Names of methods and properties.
+        base: Class. Defaults to `keras.Model`.
+
+    Returns:
+        A list of names.
+
+    Example:
+    >>> from parallel_keras import template_steps
+    >>> class Own(keras.Model):
+    ...     def train_step(self, data):
+    ...         return {}
+    >>> template_steps.overrides(Own(), ("train_step", "test_step"))
+    ['train_step']
+    """
+    return [name for name in methods if getattr(type(model), name) is not getattr(base, name)]
+
+
+class TemplateSteps:
+    """Runs steps that the template overrides, with its forward passes on towers.
+
+    The step itself runs once, on the whole batch. Each call of the template, or
+    of a model that is part of it, is cut among the devices and merged again, so
+    that the losses in between see whole batches: GANs, variational autoencoders,
+    distillation and contrastive models compute what they compute on one device.
+
+    Args:
+        template: The model whose steps are meant.
+        make_towers: Function from a model to its `Towers`.
+        eager: Whether nothing is traced.
+    """
+
+    def __init__(
+        self, template: keras.Model, make_towers: Callable[[keras.Model], Towers], *, eager: bool
+    ) -> None:
+        self._template = template
+        self._make_towers = make_towers
+        self._eager = eager
+        self._runners: dict[int, Runner] = {}
+
+    def run(self, step: str, data: Any) -> Any:
+        """Runs a step.
+
+        Args:
+            step: Name of the step.
+            data: What Keras gives to it.
+
+        Returns:
+            What the step returns.
+        """
+        models = [x for x in _compat.all_layers(self._template) if isinstance(x, keras.Model)]
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                stack.enter_context(
+                    _calling(model, functools.partial(self._call, model, model.call))
+                )
+            return getattr(self._template, step)(data)
+
+    def _call(self, model: keras.Model, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a model's `call` is during a step; `own` is what it was."""
+        on_a_tower = _compat.in_stateless_scope()
+        # Keras adds the term of a model's own activity regulariser after its call, here as there.
+        if on_a_tower or is_empty((args, kwargs)) or model.activity_regularizer is not None:
+            return own(*args, **kwargs)
+        training = kwargs.pop("training", _compat.training_of_call(model))
+        mask = kwargs.pop("mask", None)
+        runner = self._runners.get(id(model))
+        if runner is None:
+            runner = Runner(self._make_towers(model), eager=self._eager)
+            self._runners[id(model)] = runner
+        outputs, masks, terms = runner(as_call(args, kwargs, mask), training)
+        if terms:
+            model.add_loss(terms)
+        keras.tree.map_structure(_compat.set_mask, outputs, masks)
+        return outputs
+
+
+@contextlib.contextmanager
+def _calling(model: keras.Model, call: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the model calls this instead of its `call`.
+
+    It is put into the instance, where Python finds it before the class and Keras
+    does not take it for a layer or a weight.
+    """
+    attributes = vars(model)
+    before = attributes.get("call")
+    attributes["call"] = call
+    try:
+        yield
+    finally:
+        if before is None:
+            del attributes["call"]
+        else:
+            attributes["call"] = before
