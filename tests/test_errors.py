@@ -173,6 +173,7 @@ RAISES = {
     "multi_gpu.py": 3,
     "roll_call.py": 3,
     "scope.py": 1,
+    "self_check.py": 1,
     "shard.py": 2,
     "timeline.py": 1,
     "towers.py": 2,
