@@ -71,10 +71,10 @@ def shard(batch: Any, towers: int, whole: Collection[str] = ()) -> Shards:
     in `whole` go to every tower as they are.
 
     Where the number of rows is known while tracing, there are as many parts as
-    towers can have a row (for no rows no parts, but with one tower). Where it is not, there are always `towers` parts, and
-    a tower without rows gets a copy of the last row, marked by `rows` 0: a model
-    must never see an empty batch, because normalisation layers and means turn
-    it into NaN.
+    towers can have a row, so none for a batch without rows. Where it is not,
+    there are always `towers` parts, and a tower without rows gets a copy of the
+    last row, marked by `rows` 0: a model must never see an empty batch, because
+    normalisation layers and means turn it into NaN.
 
     Args:
         batch: Nest (dict, list, tuple, named tuple, `None`) of tensors.

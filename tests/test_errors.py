@@ -155,7 +155,7 @@ def test_empty_batches_are_not_trained_on() -> None:
     """N1: on one device they turn every weight into NaN."""
     parallel = pk.DataParallelModel(mlp(), 2)
     parallel.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="at least one row.*a batch of 0 rows"):
+    with pytest.raises(ValueError, match=r"at least one row.*a batch of 0 rows"):
         parallel.train_on_batch(np.zeros((0, 6)), np.zeros((0, 3)))
 
 

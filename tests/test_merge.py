@@ -321,7 +321,7 @@ def test_mean_of_unsigned_integers_does_not_wrap(values: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("kind", ["sparse", "ragged"])
-def test_other_sizes_are_refused_by_name_at_run_time(kind: str) -> None:
+def test_other_sizes_of_sparse_and_ragged_are_refused_at_run_time(kind: str) -> None:
     def join(one: Any, other: Any) -> Any:
         return merge.outputs([{"boxes": one}, {"boxes": other}], SHARDS)
 

@@ -193,7 +193,7 @@ def test_what_was_traced_before_the_relocation_fails_aloud() -> None:
     traced = tf.function(model)
     traced(x)
     pk.multi_gpu_model(model, ["CPU:1", "CPU:2"], cpu_relocation=True)
-    with pytest.raises(tf.errors.OpError, match="(?i)matrix|shape"):
+    with pytest.raises(tf.errors.OpError, match=r"(?i)matrix|shape"):
         traced(x)
 
 
