@@ -7,15 +7,12 @@ from typing import Any
 
 import keras
 
-from parallel_keras.notices import Notices
-
 
 class TemplateAnswers:
     """Mixin of `DataParallelModel` that hands questions on to `self.template`."""
 
     template: keras.Model
     devices: tuple[str, ...]
-    _notices: Notices
 
     def __getattr__(self, name: str) -> Any:
         """The template's attribute or method of that name.
@@ -109,8 +106,6 @@ class TemplateAnswers:
         Returns:
             A nest of `keras.KerasTensor`.
         """
-        # Keras asks this before it trains or evaluates for the first time, with the first batch.
-        self._notices.batch((args, kwargs))
         accepted = inspect.signature(self.template.call).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         known = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Final
 
 import keras
+import tensorflow as tf
 from absl import logging
 
 from parallel_keras import _compat
@@ -16,6 +18,8 @@ FEWEST_ROWS: Final = 4
 # Mean and variance of fewer rows are too far from those of the batch to train well with: error
 # rises steeply below 8 images (Wu and He, Group Normalization, https://arxiv.org/abs/1803.08494).
 FEWEST_ROWS_TO_NORMALISE: Final = 8
+# What `fit` takes for arrays where it is given none.
+KERAS_BATCH_SIZE: Final = 32
 
 
 class Notices:
@@ -54,16 +58,20 @@ class Notices:
                 ", ".join(f"{device}: {size:,} MB" for device, size in memories.items()),
             )
 
-    def batch(self, inputs: Any) -> None:
-        """Looks at the size of a batch that is about to be trained or evaluated.
+    def fitting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Looks at the batches that are about to be trained on.
 
         Args:
-            inputs: Nest of tensors or symbols. Those of unknown size say nothing.
+            args: Positional arguments of `fit`.
+            kwargs: Keyword arguments of `fit`.
         """
-        sizes = [leaf.shape[0] for leaf in keras.tree.flatten(inputs) if getattr(leaf, "shape", ())]
-        rows, towers = next(iter(sizes), None), len(self._devices)
-        if rows is None or towers == 1:
-            return
+        given = inspect.signature(keras.Model.fit).bind(None, *args, **kwargs).arguments
+        rows = _rows_of_a_batch(given.get("x"), given.get("batch_size"))
+        if rows is not None and len(self._devices) > 1:
+            self._batch(rows)
+
+    def _batch(self, rows: int) -> None:
+        towers = len(self._devices)
         if rows < FEWEST_ROWS * towers:
             self._warn(
                 "rows",
@@ -102,3 +110,13 @@ def _loss_in_words(parallel: Any) -> str:
         return "auto, known after compile()"
     path = parallel.loss_path
     return "on the towers" if path.reduction else f"merged ({path.reason})"
+
+
+def _rows_of_a_batch(x: Any, batch_size: int | None) -> int | None:
+    """The rows of all but the last batch, or `None` if only reading one would tell."""
+    is_dataset = isinstance(x, tf.data.Dataset)
+    leaves = tf.nest.flatten(x.element_spec if is_dataset else x)
+    sizes = [leaf.shape[0] for leaf in leaves if getattr(leaf, "shape", ())]
+    if not sizes or sizes[0] is None or is_dataset:
+        return sizes[0] if sizes else None
+    return min(sizes[0], batch_size or KERAS_BATCH_SIZE)

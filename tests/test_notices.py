@@ -12,7 +12,7 @@ from absl import logging as absl_logging
 import parallel_keras as pk
 from parallel_keras import hardware, notices
 from parallel_keras.hardware import Card
-from tests.parity import batches, mlp, rows
+from tests.parity import mlp, rows
 
 
 @pytest.fixture
@@ -86,13 +86,22 @@ def test_large_enough_shards(log: Any, towers: int, batch: int) -> None:
     assert warned(log) == []
 
 
-def test_batches_of_a_dataset_are_seen(log: Any) -> None:
-    """The first batch is looked at, also where TensorFlow knows no size while tracing."""
+def test_batches_of_a_dataset(log: Any) -> None:
     parallel = pk.DataParallelModel(mlp(), 4)
     parallel.compile("sgd", "mse")
-    parallel.fit(batches([3, 30], rows(33, 6), rows(33, 3)), verbose=0)
+    dataset = tf.data.Dataset.from_tensor_slices((rows(9, 6), rows(9, 3)))
+    parallel.fit(dataset.batch(3), shuffle=False, verbose=0)
+    assert warned(log) == []  # The size of the first batch is not known before it is read.
+    parallel.fit(x=dataset.batch(3, drop_remainder=True), shuffle=False, verbose=0)
     [message] = warned(log)
     assert message.startswith("A batch of 3 rows")
+
+
+def test_keras_own_batch_size(log: Any) -> None:
+    fit(pk.DataParallelModel(mlp(), 8), 33)
+    assert warned(log) == []
+    fit(pk.DataParallelModel(mlp(), 8), 31)
+    assert warned(log)[0].startswith("A batch of 31 rows")
 
 
 def normalised(synchronized: bool, trainable: bool = True) -> keras.Model:
