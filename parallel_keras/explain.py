@@ -133,6 +133,7 @@ def _differences(times: dict[str, float], *, divided: bool) -> dict[str, float]:
         together += between("merging outputs", "backward")
         merging = between("towers", "merging outputs") + between("backward", "merging")
     return {
+        "starting": times["start"],
         "sharding": between("start", "sharding"),
         "weights_out": between("sharding", "weights out"),
         "together": together,

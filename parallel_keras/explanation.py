@@ -89,6 +89,7 @@ class Explanation(StepTimes):
             [] if self.reading is None else [("reading a batch, beside the step", self.reading)]
         )
         return [
+            ("starting the step", self.starting),
             ("sharding", self.sharding),
             ("weights out", self.weights_out),
             ("all towers at the same time", self.together),

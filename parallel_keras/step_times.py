@@ -33,7 +33,7 @@ class TowerTimes:
 class StepTimes:
     """Where the time of one training step goes.
 
-    All times are in milliseconds, the shortest of several runs. `sharding` to `update` are
+    All times are in milliseconds, the shortest of several runs. `starting` to `update` are
     differences of the step cut off after each piece, so they add up to `step` but for noise. The
     times of single towers were taken with no other tower running.
 
@@ -44,6 +44,7 @@ class StepTimes:
         may_divide: Bool, whether `loss_on="towers"` can be asked for with this loss.
         merge_device: String, the device that merges.
         towers: Tuple of `TowerTimes`, one for each device.
+        starting: Float, calling a step that does nothing.
         sharding: Float, cutting the batch and copying the parts to their devices.
         weights_out: Float, reading the weights and copying them to the devices.
         together: Float, all towers at the same time.
@@ -63,6 +64,7 @@ class StepTimes:
     may_divide: bool
     merge_device: str
     towers: tuple[TowerTimes, ...]
+    starting: float
     sharding: float
     weights_out: float
     together: float

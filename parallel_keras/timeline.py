@@ -8,6 +8,7 @@ from parallel_keras.step_times import StepTimes
 
 # In the order in which they happen; colours that differ for colour-blind people too.
 COLORS = {
+    "starting": "#f0e442",
     "sharding": "#56b4e9",
     "weights out": "#0072b2",
     "forward": "#009e73",
@@ -31,14 +32,16 @@ def lanes(times: StepTimes) -> dict[str, list[Bar]]:
         Dict from the name of a lane, top first, to its bars `(piece, start, length)` in
         milliseconds.
     """
-    ready = times.sharding + times.weights_out
+    cut = times.starting + times.sharding
+    ready = cut + times.weights_out
     busy = max(tower.busy for tower in times.towers)
     together = max(busy, times.together)
     done = ready + together
     drawn: dict[str, list[Bar]] = {
         f"merging on {_short(times.merge_device)}": [
-            ("sharding", 0.0, times.sharding),
-            ("weights out", times.sharding, times.weights_out),
+            ("starting", 0.0, times.starting),
+            ("sharding", times.starting, times.sharding),
+            ("weights out", cut, times.weights_out),
             ("merging", done, times.merging),
             ("update", done + times.merging, times.update),
         ]

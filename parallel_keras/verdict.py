@@ -111,6 +111,7 @@ def _fixed_costs(times: StepTimes) -> dict[str, float]:
     """What takes as long however many rows there are, in milliseconds."""
     stiffness = _usual(times) - times.whole / len(times.towers)
     return {
+        "starting": times.starting,
         "in the towers": max(0.0, stiffness),
         "copying weights": times.weights_out,
         "adding up gradients": times.merging if times.loss_on == "towers" else 0.0,

@@ -31,8 +31,8 @@ def times(**changes: Any) -> Explanation:
     towers = tuple(TowerTimes(device, 32, 15.0, 30.0, 0.0) for device in CPUS)
     usual = Explanation(
         batch_size=64, loss_on="towers", why_merged="", may_divide=False,
-        merge_device=CPUS[0], towers=towers, sharding=0.5, weights_out=0.5, together=46.0,
-        merging=1.0, update=2.0, step=50.0, template=100.0, whole=90.0,
+        merge_device=CPUS[0], towers=towers, starting=0.0, sharding=0.5, weights_out=0.5,
+        together=46.0, merging=1.0, update=2.0, step=50.0, template=100.0, whole=90.0,
     )  # fmt: skip
     return dataclasses.replace(usual, **changes)
 
@@ -109,7 +109,7 @@ def test_timeline_has_a_lane_for_each_device() -> None:
     assert backward[1] == pytest.approx(forward[1] + forward[2])
     assert waiting == ("waiting", pytest.approx(41.0), pytest.approx(5.0))
     assert slower == ("slower at the same time", pytest.approx(46.0), pytest.approx(1.0))
-    assert drawn["merging on CPU:0"][2] == ("merging", pytest.approx(47.0), 1.0)
+    assert drawn["merging on CPU:0"][3] == ("merging", pytest.approx(47.0), 1.0)
 
 
 def test_timeline_is_drawn(tmp_path: Path) -> None:
