@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= python3.10
 OLDEST_VERSIONS := tensorflow==2.16.2 keras==3.8.0
-CODE := parallel_keras tests conftest.py setup.py
+CODE := parallel_keras tests conftest.py setup.py docs benchmarks
 
 # Nothing but parallel_keras/_compat.py may reach into Keras' or TensorFlow's private parts.
 # ruff's SLF001 reports private attributes of other objects; this finds what it does not look at.

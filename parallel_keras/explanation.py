@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
+import textwrap
+from typing import Any, Final
 
 from parallel_keras.step_times import StepTimes
 from parallel_keras.timeline import draw
 from parallel_keras.verdict import Verdict, judge
+
+# That of the table.
+WIDTH: Final = 72
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +83,8 @@ class Explanation(StepTimes):
                 f"{'speed-up':<36}{self.speed_up:>6.2f}",
                 f"{'efficiency (speed-up / towers)':<36}{self.efficiency:>6.0%}",
                 "",
-                verdict.finding,
-                f"-> {verdict.remedy}",
+                textwrap.fill(verdict.finding, WIDTH),
+                textwrap.fill(f"-> {verdict.remedy}", WIDTH, subsequent_indent="   "),
             ]
         )
 

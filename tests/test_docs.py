@@ -15,6 +15,9 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.abstract import AbstractCodeBlockParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
+import parallel_keras as pk
+from parallel_keras.commands import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -64,3 +67,15 @@ def test_most_blocks_run() -> None:
     blocks = [example for page in WITH_CODE for example in parse(page)]
     unrun = [example for example in blocks if example.parsed.lstrip().startswith(NEEDS)]
     assert 0 < len(unrun) <= MOST_UNRUN < len(blocks) / 4
+
+
+def test_every_public_name_is_documented() -> None:
+    named = re.findall(
+        r"^::: parallel_keras\.(?:[a-z_]+\.)?(\w+)$", (DOCS / "api.md").read_text(), re.M
+    )
+    assert {*pk.__all__} - {"__version__"} <= {*named}
+
+
+def test_every_command_is_documented() -> None:
+    page = (DOCS / "command_line.md").read_text()
+    assert [name for name in COMMANDS if f"| `{name}" not in page] == []

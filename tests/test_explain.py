@@ -90,7 +90,8 @@ def test_printed_as_a_table() -> None:
     assert "whole step                           95.00\n" in shown
     assert "reading a batch, beside the step      1.50\n" in shown
     assert "efficiency (speed-up / towers)         53%\n" in shown
-    assert shown.endswith("-> " + times(**MERGED).verdict.remedy)
+    assert " ".join(shown.split()).endswith("-> " + times(**MERGED).verdict.remedy)
+    assert max(map(len, shown.splitlines())) <= 72
     assert str(times(towers=towers(90.0, 0.0)[:1])).startswith("1 tower, 64 rows a step")
 
 
