@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= python3.10
 OLDEST_VERSIONS := tensorflow==2.16.2 keras==3.8.0
+# Ray is large, and only one test needs it.
+RAY := .venv-ray
 CODE := parallel_keras tests conftest.py setup.py docs benchmarks
 
 # Nothing but parallel_keras/_compat.py may reach into Keras' or TensorFlow's private parts.
@@ -17,7 +19,7 @@ PRIVATE := $(PRIVATE)|(get|set|has|del)attr\([^,()]+, *["']_[a-z]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest check lint types doctest docs private format clean
+.PHONY: help demo test test-oldest test-ray check lint types doctest docs private format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +32,9 @@ test: $(VENV)/.extra-test ## Run the tests
 
 test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, TensorFlow and Keras
 	$(OLDEST)/bin/python -m pytest
+
+test-ray: $(RAY)/.installed ## Run the test with Ray Train, with two workers on this machine
+	$(RAY)/bin/python -m pytest tests/test_ray.py
 
 check: lint private types doctest docs ## Everything but the tests: style, types, examples, docs
 
@@ -55,7 +60,7 @@ format: $(VENV)/.extra-test ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
 
 clean: ## Remove .venv and all that is built or cached
-	rm -rf $(VENV) $(OLDEST) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(RAY) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems split ensurepip off from Python; there, the pip that is installed fills in.
@@ -72,6 +77,11 @@ $(VENV)/.extra-%: setup.cfg setup.py $(VENV)/.created
 $(OLDEST)/.installed: setup.cfg setup.py
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --editable '.[test]' $(OLDEST_VERSIONS)
+	touch $@
+
+$(RAY)/.installed: setup.cfg setup.py
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --editable '.[ray,test]'
 	touch $@
 
 .NOTPARALLEL:

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras.src import backend as _backend
+from keras.src.utils import io_utils as _io_utils
 
 
 def get_mask(tensor: Any) -> Any:
@@ -25,6 +26,21 @@ def set_mask(tensor: Any, mask: Any) -> None:
     """Attaches a mask to a tensor; see `get_mask`."""
     if mask is not None:
         tensor._keras_mask = mask
+
+
+def get_logits(tensor: Any) -> Any:
+    """What a softmax or sigmoid that ended a model was computed from, or `None`.
+
+    Keras keeps it in an attribute of the tensor, from which crossentropies are computed
+    so that they do not saturate. A tower loses it, as it does masks. Goes with `get_mask`.
+    """
+    return getattr(tensor, "_keras_logits", None)
+
+
+def set_logits(tensor: Any, logits: Any) -> None:
+    """Attaches logits to a tensor; see `get_logits`."""
+    if logits is not None:
+        tensor._keras_logits = logits
 
 
 def in_stateless_scope() -> bool:
@@ -96,11 +112,6 @@ def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return [] if model._compile_metrics is None else list(model._compile_metrics.metrics)
 
 
-def is_dense(nest: Any) -> bool:
-    """Whether all tensors of a nest are dense, so that `build_losses_and_metrics` can be used."""
-    return not any(isinstance(x, (tf.SparseTensor, tf.RaggedTensor)) for x in tf.nest.flatten(nest))
-
-
 def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> None:
     """Makes the variables of compiled losses and metrics, as Keras' JAX trainer does.
 
@@ -109,21 +120,16 @@ def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> 
 
     Args:
         model: The compiled model, whose `template` is built.
-        data: Inputs, targets and sample weights, dense.
+        data: Inputs, targets and sample weights, symbolic and dense.
     """
-    metrics = model._compile_metrics
-    if model._compile_loss.built and (metrics is None or metrics.built):
+    loss, metrics = model._compile_loss, model._compile_metrics
+    if (loss is None or loss.built) and (metrics is None or metrics.built):
         return
 
-    def symbol(tensor: Any) -> Any:
-        if tensor is None:
-            return None
-        dtype = keras.backend.standardize_dtype(tensor.dtype)
-        return keras.KerasTensor(tuple(tensor.shape), dtype)
-
-    x, y, sample_weight = keras.tree.map_structure(symbol, data)
+    x, y, sample_weight = data
     y_pred = _backend.compute_output_spec(model.template, x, training=False)
-    _backend.compute_output_spec(data_loss, model, y, y_pred, sample_weight)
+    if loss is not None:
+        _backend.compute_output_spec(data_loss, model, y, y_pred, sample_weight)
     if metrics is not None:
         _backend.compute_output_spec(
             lambda *args: update_metrics(model, *args), y, y_pred, sample_weight
@@ -167,3 +173,12 @@ def move_variable(variable: keras.Variable, device: str) -> None:
     variable._value = new
     with tf.init_scope(), tf.device(old.device):
         tf.raw_ops.AssignVariableOp(resource=old.handle, value=tf.zeros([0], old.dtype))
+
+
+def may_overwrite(filepath: Any) -> bool:
+    """Asks the user whether a file may be overwritten, in the words of Keras.
+
+    Keras asks when it finds the file where it is told to write, but it is told to write
+    beside it. Goes when Keras itself writes files whole.
+    """
+    return _io_utils.ask_to_proceed_with_overwrite(str(filepath))

@@ -128,6 +128,27 @@ def virtual_devices(
     return [f"/device:{kind}:{index}" for index in range(count)]
 
 
+def check_one_job(names: Sequence[str]) -> None:
+    """Refuses devices over which nothing can be added up in the middle of a tower.
+
+    Args:
+        names: Sequence of canonical device names.
+
+    Raises:
+        ValueError: If some are of this process and others of servers that it is
+            connected to, or if the servers are of several jobs. The devices of
+            each job find each other with a leader of their own, and would wait for
+            the others for ever.
+    """
+    if len({tf.DeviceSpec.from_string(name).job for name in names}) > 1:
+        raise ValueError(
+            "A layer with synchronized=True adds up over all towers, which TensorFlow cannot do "
+            "over several jobs. Expected: only devices of this process, or only devices of one "
+            f"job of servers. Received: devices={list(names)}. Leave out those of the other "
+            "jobs, or build the layer with synchronized=False."
+        )
+
+
 def _default_devices(existing: list[str]) -> list[str]:
     gpus = [name for name in existing if ":GPU:" in name.upper()]
     return gpus or [name for name in existing if ":CPU:" in name.upper()]

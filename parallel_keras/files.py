@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 from absl import logging
 
+from parallel_keras import _compat
+from parallel_keras.atomic import written_whole
 from parallel_keras.devices import resolve
+from parallel_keras.old_weights import load_multi_gpu_weights
+
+__all__ = ["TemplateFiles", "load_multi_gpu_weights"]
 
 
 class TemplateFiles:
@@ -21,28 +28,38 @@ class TemplateFiles:
     request: dict[str, Any]
     _inherit_compile: Callable[[], None]
 
-    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+    def save(self, filepath: Any, overwrite: bool = True, *args: Any, **kwargs: Any) -> None:
         """Saves the template, with its compile arguments and optimizer state.
 
         The file loads with `keras.saving.load_model` where parallel_keras is not
-        installed, on any number of devices.
+        installed, on any number of devices. It is written whole or not at all.
 
         Args:
             filepath: Path, ends in `.keras` (or `.h5`).
+            overwrite: Whether to overwrite what is there, rather than to ask.
+                Defaults to `True`.
             *args: As in `keras.Model.save`.
             **kwargs: As in `keras.Model.save`.
         """
-        self.template.save(filepath, *args, **kwargs)
+        if _may_write(filepath, overwrite):
+            with _place(filepath) as path:
+                self.template.save(path, True, *args, **kwargs)
 
-    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """Saves the template's weights.
+    def save_weights(
+        self, filepath: Any, overwrite: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Saves the template's weights and, if it is compiled, its optimizer's state.
 
         Args:
-            filepath: Path, ends in `.weights.h5`.
+            filepath: Path, ends in `.weights.h5`. It is written whole or not at all.
+            overwrite: Whether to overwrite what is there, rather than to ask.
+                Defaults to `True`.
             *args: As in `keras.Model.save_weights`.
             **kwargs: As in `keras.Model.save_weights`.
         """
-        self.template.save_weights(filepath, *args, **kwargs)
+        if _may_write(filepath, overwrite):
+            with _place(filepath) as path:
+                self.template.save_weights(path, True, *args, **kwargs)
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Loads weights into the template.
@@ -58,11 +75,12 @@ class TemplateFiles:
         """Exports the template for inference; the file names no device.
 
         Args:
-            filepath: Path of the SavedModel folder.
+            filepath: Path of the SavedModel folder. It is written whole or not at all.
             *args: As in `keras.Model.export`.
             **kwargs: As in `keras.Model.export`.
         """
-        self.template.export(filepath, *args, **kwargs)
+        with _place(filepath) as path:
+            self.template.export(path, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor, the template nested in them.
@@ -123,3 +141,17 @@ class TemplateFiles:
         """
         self.template.compile_from_config(config)
         self._inherit_compile()
+
+
+def _may_write(filepath: Any, overwrite: bool) -> bool:
+    free = overwrite or _is_remote(filepath) or not Path(filepath).exists()
+    return free or _compat.may_overwrite(filepath)
+
+
+def _place(filepath: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where to write: Keras itself sends what goes to an address such as `hf://`."""
+    return contextlib.nullcontext(filepath) if _is_remote(filepath) else written_whole(filepath)
+
+
+def _is_remote(filepath: Any) -> bool:
+    return "://" in str(filepath)

@@ -10,10 +10,8 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.passes import Pass, floats
+from parallel_keras.passes import Merged, Pass, floats
 from parallel_keras.towers import Call, Towers
-
-Merged = tuple[Any, Any, list[tf.Tensor]]
 
 
 class Recording:
@@ -31,6 +29,7 @@ class Recording:
     def __init__(self, towers: Towers, tape: tf.GradientTape | None) -> None:
         self._towers = towers
         self._tape = tape
+        self._alone = len(towers.devices) == 1
         self._pass: Pass | None = None
 
     @property
@@ -46,6 +45,10 @@ class Recording:
     def run(self, call: Call, training: Any) -> Merged:
         """Runs the forward pass."""
         towers, tape = self._towers, self._tape
+        if self._alone:
+            self._pass = towers.forward(towers.cut(call), towers.read_weights(), training)
+            _assign(self._pass)
+            return self._pass.merged()
         with contextlib.nullcontext() if tape is None else tape.stop_recording():
             watch = None if tape is None else _watch_weights(towers)
             shards, weights = towers.cut(call), towers.read_weights()
@@ -68,6 +71,9 @@ class Recording:
         own = [variable.value for variable in variables]
         if self._pass is None or self._tape is None:
             return [None] * len(own)
+        if self._alone:
+            with tf.device(self._towers.devices[0]):
+                return self._tape.gradient(loss, own)
         with tf.device(self._towers.merge_device):
             parts, direct = self._tape.gradient(loss, [self._pass.parts(), own])
         towers = self._pass.gradients(parts)
@@ -95,7 +101,7 @@ class Runner:
         self._traced_for: tuple[Any, ...] = ()
 
     def __call__(self, call: Call, training: Any) -> Merged:
-        """Outputs, masks and `add_loss` terms; what layers assigned is assigned."""
+        """What the towers return as one; what layers assigned is assigned."""
         if self._recording is not None and self._recording.is_free:
             return self._recording.run(call, training)
         if tf.executing_eagerly() and not self._eager and not _compat.in_stateless_scope():
@@ -165,7 +171,7 @@ class _Differentiable:
 
         flat = forward(*sources)
         _assign(results["pass"])
-        return _with_floats(results["merged"], flat)
+        return Merged(*_with_floats(tuple(results["merged"]), flat))
 
     def _run(self, values: Sequence[tf.Tensor]) -> tuple[Pass, Any, Any, Merged]:
         weights, inputs = list(self._weights), list(self._inputs)

@@ -71,7 +71,8 @@ class LossStep:
         def run(body: Any, own: list[tf.Tensor], *rest: Any) -> Any:
             return body(own, *rest, next(numbers), loss_scale, training)
 
-        results = self.towers.on_each(self.on_tower, shards, weights, run)
+        # Kept as calls, towers start and run faster: nothing of theirs is needed outside.
+        results = self.towers.on_each(self.on_tower, shards, weights, run, inline=False)
         state = self.towers.merge_state(results, weights, shards)
         return StepResult(self, shards, results, scales, state)
 

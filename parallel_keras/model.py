@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from parallel_keras import _compat, checks
 from parallel_keras.answers import TemplateAnswers
+from parallel_keras.building import symbol
 from parallel_keras.devices import Devices, resolve
 from parallel_keras.files import TemplateFiles
+from parallel_keras.first_batch import first_batch
 from parallel_keras.gradients import Runner
 from parallel_keras.notices import Notices
 from parallel_keras.shard import is_empty
@@ -149,11 +150,10 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         """
         if is_empty((inputs, args)):
             return self._empty_outputs((inputs, *args), kwargs)
-        outputs, masks, terms = self._runner(as_call((inputs, *args), kwargs, mask), training)
-        if terms:
-            self.add_loss(terms)
-        keras.tree.map_structure(_compat.set_mask, outputs, masks)
-        return outputs
+        merged = self._runner(as_call((inputs, *args), kwargs, mask), training)
+        if merged.terms:
+            self.add_loss(merged.terms)
+        return merged.attached()
 
     _parallel_call = call  # what a subclass may override, and then the towers' loss would bypass
 
@@ -163,6 +163,27 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
         if not self.template.built:
             self._build_template(args, kwargs)
         return super().__call__(*args, **kwargs)
+
+    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as `keras.Model.fit` does, with its arguments.
+
+        A template without weights gets them from the shapes of the first batch, so
+        that callbacks which restore weights before the first step find some.
+
+        Args:
+            x: As in `keras.Model.fit`.
+            *args: As in `keras.Model.fit`.
+            **kwargs: As in `keras.Model.fit`.
+
+        Returns:
+            A `keras.callbacks.History`.
+        """
+        # What steps of its own give to which model is theirs to know.
+        if not self.template.built and not self._follows_template():
+            inputs, x = first_batch(x)
+            if inputs is not None:
+                self._build_template((inputs,), {})
+        return super().fit(x, *args, **kwargs)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configures training as `keras.Model.compile` does, with its arguments.
@@ -201,22 +222,14 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, ParallelSteps):
     def _build_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the template's weights from the shapes and dtypes of a batch."""
         with tf.device(None):  # weights go where they would go without this wrapper
-            self.template(*keras.tree.map_structure(_symbol, args), **kwargs)
+            self.template(*keras.tree.map_structure(symbol, args), **kwargs)
 
     def _empty_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the template would return for no rows, which no tower must be given."""
-        symbols = self.compute_output_spec(*keras.tree.map_structure(_symbol, args), **kwargs)
+        symbols = self.compute_output_spec(*keras.tree.map_structure(symbol, args), **kwargs)
         return keras.tree.map_structure(
             lambda symbol: tf.zeros([size or 0 for size in symbol.shape], symbol.dtype), symbols
         )
-
-
-def _symbol(leaf: Any) -> Any:
-    if not tf.is_tensor(leaf) and not isinstance(leaf, np.ndarray):
-        return leaf
-    sparse = isinstance(leaf, tf.SparseTensor)
-    dtype = keras.backend.standardize_dtype(leaf.dtype)
-    return keras.KerasTensor(tuple(leaf.shape), dtype, sparse=sparse)
 
 
 def _as_positional(

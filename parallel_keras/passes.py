@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from parallel_keras import merge
+from parallel_keras import _compat, merge
 from parallel_keras.losses import term_rule
 from parallel_keras.shard import Shards
+
+
+class Merged(NamedTuple):
+    """What one call of the model gives.
+
+    Attributes:
+        outputs: Nest of tensors, rows in order.
+        masks: Their masks, a nest like it.
+        logits: What a softmax or sigmoid at the end was computed from, a nest like it.
+        terms: What layers gave to `add_loss`.
+    """
+
+    outputs: Any
+    masks: Any
+    logits: Any
+    terms: list[tf.Tensor]
+
+    def attached(self) -> Any:
+        """The outputs, with masks and logits attached as Keras does."""
+        keras.tree.map_structure(_compat.set_mask, self.outputs, self.masks)
+        keras.tree.map_structure(_compat.set_logits, self.outputs, self.logits)
+        return self.outputs
 
 
 @dataclasses.dataclass
@@ -20,7 +42,7 @@ class Pass:
 
     Attributes:
         shards: The `Shards` they were given.
-        results: For each tower a dict with `outputs`, `masks` and `losses`.
+        results: For each tower a dict with `outputs`, `masks`, `logits` and `losses`.
         state: The merged new value of each variable that was assigned.
         rules: How outputs and losses are joined, by name.
         merge_device: Where.
@@ -38,22 +60,27 @@ class Pass:
     tapes: list[tf.GradientTape] = dataclasses.field(default_factory=list)
     sources: list[list[tf.Tensor]] = dataclasses.field(default_factory=list)
 
-    def merged(self) -> tuple[Any, Any, list[tf.Tensor]]:
-        """Outputs, their masks, and the terms that layers gave to `add_loss`."""
+    def merged(self) -> Merged:
+        """What the towers returned as one, on the merge device."""
         with tf.device(self.merge_device):
-            outputs = merge.outputs([r["outputs"] for r in self.results], self.shards, self.rules)
-            masks = merge.outputs([r["masks"] for r in self.results], self.shards, self.rules)
+            outputs, masks, logits = (
+                merge.outputs([result[kind] for result in self.results], self.shards, self.rules)
+                for kind in ("outputs", "masks", "logits")
+            )
             shares = self.shards.shares() if len(self.results) > 1 else []
             terms = []
             for source in self.results[0]["losses"]:
                 join = merge.live_sum if term_rule(source, self.rules) == "sum" else merge.mean
                 columns = zip(*[result["losses"][source] for result in self.results], strict=True)
                 terms += [join(list(column), shares) for column in columns]
-            return outputs, masks, terms
+            return Merged(outputs, masks, logits, terms)
 
     def parts(self) -> list[list[tf.Tensor]]:
         """For each tower, everything of its result that a gradient can flow to."""
-        return [floats((result["outputs"], result["losses"])) for result in self.results]
+        return [
+            floats((result["outputs"], result["logits"], result["losses"]))
+            for result in self.results
+        ]
 
     def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:
         """Gradients of each tower's sources, computed on its device.

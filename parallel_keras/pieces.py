@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from parallel_keras import _compat, losses, merge
+from parallel_keras.building import is_dense
 from parallel_keras.loss_step import LossStep, NeedsWholeBatch
 from parallel_keras.model import DataParallelModel
 from parallel_keras.passes import Pass
@@ -88,7 +89,7 @@ class Pieces:
         return towers
 
     def _finds_out_whether_divided(self, data: Data) -> bool:
-        if self.parallel.loss_path.reduction is None or not _compat.is_dense(data):
+        if self.parallel.loss_path.reduction is None or not is_dense(data):
             return False
         try:
             tf.function(lambda: self._run(self.towers, data).results).get_concrete_function()
@@ -145,10 +146,11 @@ class Pieces:
         _, y, sample_weight = data
         with tf.GradientTape() as tape, tf.device(self.parallel.merge_device):
             tape.watch(forward.parts())
-            outputs, _, terms = forward.merged()
-            loss = tf.add_n([tf.zeros(()), *(tf.cast(term, tf.float32) for term in terms)])
+            merged = forward.merged()
+            terms = [tf.cast(term, tf.float32) for term in merged.terms]
+            loss = tf.add_n([tf.zeros(()), *terms])
             if self.parallel.loss is not None:
-                own = _compat.data_loss(self.parallel, y, outputs, sample_weight)
+                own = _compat.data_loss(self.parallel, y, merged.attached(), sample_weight)
                 loss += tf.cast(own, tf.float32)
         with tf.device(self.parallel.merge_device):
             return tape.gradient(loss, forward.parts())

@@ -93,15 +93,7 @@ class StateRules:
         index_of = {id(variable): index for index, variable in enumerate(variables)}
         merged = {index: values[-1] for index, values in constant.items()}
         varying = towers[0].keys()
-        for layer in self._normalizations:
-            mean, variance = index_of[id(layer.moving_mean)], index_of[id(layer.moving_variance)]
-            if mean in varying and variance in varying:
-                merged[mean], merged[variance] = merge.moving_moments(
-                    [[before[mean], *updates[mean]] for updates in towers],
-                    [updates[variance][-1] for updates in towers],
-                    shares,
-                    layer.momentum,
-                )
+        merged.update(self._normalized(index_of, before, towers, shares))
         scalar_fed = {
             id(metric.total) for metric in self._means if index_of.get(id(metric.count)) in constant
         }
@@ -112,6 +104,40 @@ class StateRules:
                 merged[index] = merge.mean(values, shares)
             else:
                 merged[index] = self._by_kind(variable, before[index], values, shares)
+        return merged
+
+    def _normalized(
+        self,
+        index_of: dict[int, int],
+        before: Sequence[Any],
+        towers: Sequence[Updates],
+        shares: Sequence[tf.Tensor],
+    ) -> dict[int, tf.Tensor]:
+        """The moving statistics of the layers that normalised, all layers of a kind at once.
+
+        Deep nets have so many that merging one by one is a good part of the time to trace.
+        """
+        alike: dict[Any, list[tuple[int, int]]] = {}
+        for layer in self._normalizations:
+            pair = index_of[id(layer.moving_mean)], index_of[id(layer.moving_variance)]
+            if all(index in towers[0] for index in pair):
+                kind = (layer.momentum, layer.moving_mean.dtype, len(towers[0][pair[0]]))
+                alike.setdefault(kind, []).append(pair)
+        merged: dict[int, tf.Tensor] = {}
+        for (momentum, _, count), pairs in alike.items():
+            means, variances = zip(*pairs, strict=True)
+            start = tf.concat([before[index] for index in means], axis=0)
+            histories = [
+                [tf.concat([updates[i][step] for i in means], axis=0) for step in range(count)]
+                for updates in towers
+            ]
+            ends = [tf.concat([updates[i][-1] for i in variances], axis=0) for updates in towers]
+            joined = merge.moving_moments(
+                [[start, *history] for history in histories], ends, shares, momentum
+            )
+            sizes = [before[index].shape[0] for index in means]
+            for indices, values in zip((means, variances), joined, strict=True):
+                merged.update(zip(indices, tf.split(values, sizes), strict=True))
         return merged
 
     def _by_kind(

@@ -10,6 +10,12 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, checks, losses, merge
+from parallel_keras.building import (
+    before_first_step,
+    build_for_step,
+    build_losses_and_metrics,
+    is_dense,
+)
 from parallel_keras.gradients import Runner
 from parallel_keras.loss_step import LossStep, NeedsWholeBatch, StepResult
 from parallel_keras.notices import Notices
@@ -29,6 +35,8 @@ class ParallelSteps(keras.Model):
     _towers: Towers
     _template_steps: TemplateSteps
     _notices: Notices
+    train_function: Any
+    test_function: Any
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as `keras.Model.fit` does, with its arguments.
@@ -105,6 +113,34 @@ class ParallelSteps(keras.Model):
         with self._runner.record(None):
             return self(x, training=False)
 
+    def make_train_function(self, force: bool = False) -> Any:
+        """Makes the function that `fit` calls for each step, as Keras does.
+
+        Args:
+            force: Whether to make it anew. Defaults to `False`.
+
+        Returns:
+            The function.
+        """
+        if force or self.train_function is None:
+            super().make_train_function(force=True)
+            self.train_function = before_first_step(self.train_function, self._build_to_train)
+        return self.train_function
+
+    def make_test_function(self, force: bool = False) -> Any:
+        """Makes the function that `evaluate` calls for each step, as Keras does.
+
+        Args:
+            force: Whether to make it anew. Defaults to `False`.
+
+        Returns:
+            The function.
+        """
+        if force or self.test_function is None:
+            super().make_test_function(force=True)
+            self.test_function = before_first_step(self.test_function, self._build_to_test)
+        return self.test_function
+
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         """What the steps update: the template's own metrics where its own steps are taken."""
@@ -145,14 +181,27 @@ class ParallelSteps(keras.Model):
             return losses.Decision(None, decision.reason)
         return decision
 
+    def _build_to_train(self, spec: Any) -> None:
+        if self._steps_are_ours():
+            build_for_step(self, spec, training=True)
+
+    def _build_to_test(self, spec: Any) -> None:
+        if self._steps_are_ours():
+            build_for_step(self, spec, training=False)
+
+    def _steps_are_ours(self) -> bool:
+        """Whether it is known what the steps will need, and they are traced at all."""
+        own = overrides(self, LEARNING, ParallelSteps)
+        return not (own or self._follows_template() or self.run_eagerly)
+
     def _step_on_towers(
         self, data: tuple[Any, Any, Any], *, training: bool
     ) -> dict[str, Any] | None:
         """The step with the loss on the towers; `None` where it goes over the merged batch."""
         reduction = self.loss_path.reduction
-        if reduction is None or not _compat.is_dense(data):
+        if reduction is None or not is_dense(data):
             return None
-        _compat.build_losses_and_metrics(self, data)
+        build_losses_and_metrics(self, data)
         metrics = _compat.compiled_metrics(self)
         count = not self._overrides("compute_metrics") and all(map(losses.is_additive, metrics))
         step = LossStep(self._towers, self, reduction, count)

@@ -92,11 +92,10 @@ class TemplateSteps:
         if runner is None:
             runner = Runner(self._make_towers(model), eager=self._eager)
             self._runners[id(model)] = runner
-        outputs, masks, terms = runner(as_call(args, kwargs, mask), training)
-        if terms:
-            model.add_loss(terms)
-        keras.tree.map_structure(_compat.set_mask, outputs, masks)
-        return outputs
+        merged = runner(as_call(args, kwargs, mask), training)
+        if merged.terms:
+            model.add_loss(merged.terms)
+        return merged.attached()
 
 
 @contextlib.contextmanager

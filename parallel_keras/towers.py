@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
+from parallel_keras.devices import check_one_job
 from parallel_keras.passes import Pass
 from parallel_keras.scope import Peers, TowerScope, depends_on, peer_keys, talking_to
 from parallel_keras.shard import Shards, shard
@@ -42,7 +43,6 @@ class Towers:
         self.devices = devices
         self.merge_device = merge_device
         self.rules = rules
-        self._token: tf.Variable | None = None
         self.configure(jit=False, eager=False)
 
     def configure(self, *, jit: bool, eager: bool) -> None:
@@ -58,6 +58,9 @@ class Towers:
         # Keras chooses XLA by itself on GPUs; towers that talk to each other cannot have it.
         alone = len(self.devices) == 1 or not self._state_rules.synchronized
         self._jit, self._eager = jit and alone, eager
+        # A variable that is made while a step is traced makes TensorFlow trace it again.
+        for device in self.devices if self._state_rules.synchronized else ("/device:CPU:0",):
+            _token_variable(device)
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def forward(
@@ -116,14 +119,29 @@ class Towers:
         shards: Shards,
         weights: list[tf.Tensor],
         run: Callable[..., Any],
+        *,
+        inline: bool = True,
     ) -> list[dict[str, Any]]:
-        """Runs `run(body, weights, tower, peers, part)` on each device that has a part."""
-        function = self._traced(body)
+        """Runs `run(body, weights, tower, peers, part)` on each device that has a part.
+
+        Args:
+            body: The tower function.
+            shards: What it is called with.
+            weights: The values of the template's variables.
+            run: Calls the tower function.
+            inline: Whether TensorFlow may put the towers' operations into the step's
+                graph. If not, it optimises each tower by itself, all at the same time.
+
+        Returns:
+            What each tower returned.
+        """
+        # A function called by XLA is never inlined, and may not be told so.
+        function = self._traced(body, inline=inline or self._jit or len(shards.parts) == 1)
         peers = self._peers(shards)
         results = []
         for index, part in enumerate(shards.parts):
             with tf.device(self.devices[index]), _named(index, self.devices[index]):
-                own = [tf.identity(value) for value in weights]
+                own = tf.identity_n(weights) if weights else []
                 tower = tf.constant(index) if len(shards.parts) > 1 else None
                 results.append(run(function, own, tower, peers[index], self._blur(part)))
         return results
@@ -193,17 +211,24 @@ class Towers:
         return {
             "outputs": outputs,
             "masks": keras.tree.map_structure(_compat.get_mask, outputs),
+            "logits": keras.tree.map_structure(_compat.get_logits, outputs),
             "losses": scope.terms,
             "state": state,
             "constant": constant,
         }
 
-    def _traced(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        if self._eager:
+    def _traced(self, body: Callable[..., Any], *, inline: bool) -> Callable[..., Any]:
+        # One tower in a graph needs no function: nothing is traced twice, as without this library.
+        alone = len(self.devices) == 1 and not self._jit and not tf.executing_eagerly()
+        if self._eager or alone:
             return body
         if body not in self._functions:
             self._functions[body] = tf.function(
-                body, autograph=False, reduce_retracing=True, jit_compile=self._jit or None
+                body,
+                autograph=False,
+                reduce_retracing=True,
+                jit_compile=self._jit or None,
+                experimental_attributes=None if inline else {"_noinline": True},
             )
         return self._functions[body]
 
@@ -223,6 +248,8 @@ class Towers:
             self.configure(jit=self._jit, eager=self._eager)
             self._variables = list(self.template.variables)
             self._fingerprint = fingerprint
+            if self._state_rules.synchronized:
+                check_one_job(self.devices)
 
     def _index(self, variable: keras.Variable) -> int:
         """The number of a variable; one that is not the template's gets the next."""
@@ -308,10 +335,14 @@ def _read(variable: keras.Variable) -> tf.Tensor:
 _TOKENS: dict[str, tf.Variable] = {}
 
 
+def _token_variable(device: str) -> tf.Variable:
+    if device not in _TOKENS:
+        with tf.init_scope(), tf.device(device):
+            _TOKENS[device] = tf.Variable(0.0, trainable=False, name="tower_token")
+    return _TOKENS[device]
+
+
 def _token(device: str) -> tf.Tensor:
     """The handle of a variable on a device, as a tensor that lives there too."""
     with tf.device(device):
-        if device not in _TOKENS:
-            with tf.init_scope():
-                _TOKENS[device] = tf.Variable(0.0, trainable=False, name="tower_token")
-        return tf.identity(_TOKENS[device].handle)
+        return tf.identity(_token_variable(device).handle)

@@ -80,12 +80,9 @@ def test_losses_and_metrics_can_be_built_from_shapes() -> None:
     parallel = pk.DataParallelModel(template, 2)
     parallel.compile("sgd", ["mse"], metrics=["mae"])
     assert _compat.compiled_metrics(parallel) == []
-    data = (tf.zeros((4, 6)), tf.zeros((4, 3)), None)
+    data = (keras.KerasTensor((4, 6)), keras.KerasTensor((4, 3)), None)
     _compat.build_losses_and_metrics(parallel, data)
     assert [metric.name for metric in _compat.compiled_metrics(parallel)] == ["mae"]
-    assert _compat.is_dense(data)
-    assert not _compat.is_dense([tf.ragged.constant([[1], []])])
-    assert not _compat.is_dense({"a": tf.sparse.from_dense([[1]])})
 
 
 def test_layers_of_layers_have_no_public_list() -> None:
@@ -133,6 +130,15 @@ def test_moved_variables_keep_the_key_that_optimizers_know() -> None:
     assert tf.raw_ops.ReadVariableOp(resource=old.handle, dtype=old.dtype).shape == (0,)
 
 
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_keras_asks_before_it_overwrites(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or answer)
+    assert _compat.may_overwrite("a.keras") == (answer == "y")
+    assert "a.keras already exists - overwrite?" in asked[0]
+    assert not [name for name in dir(keras.utils) if "overwrite" in name]
+
+
 def test_nothing_private_is_used_elsewhere() -> None:
     private = re.compile(r"keras\.src|tensorflow\.python|__internal__|\.extended\._")
     uses = [
@@ -159,6 +165,20 @@ def test_training_reaches_layers_that_do_not_take_it() -> None:
     model(tf.zeros((2, 3)), training=False)
     assert found == [True, False]
     assert not hasattr(model.layers[0], "training")
+
+
+def test_logits_are_an_attribute_of_tensors() -> None:
+    logits = tf.constant([[1.0, 2.0]])
+    probabilities = keras.activations.softmax(logits)
+    assert _compat.get_logits(probabilities) is logits
+    assert _compat.get_logits(logits) is None
+    saturated = tf.constant([[0.0, 1.0]])
+    _compat.set_logits(saturated, tf.constant([[0.0, 60.0]]))
+    loss = keras.losses.categorical_crossentropy([[1.0, 0.0]], saturated)
+    np.testing.assert_allclose(loss, 60, rtol=1e-6)
+    _compat.set_logits(logits, None)
+    assert not hasattr(logits, "_keras_logits")
+    assert not hasattr(probabilities, "logits")
 
 
 def test_no_mask_is_not_attached() -> None:

@@ -690,3 +690,32 @@ def test_layer_that_reads_the_batch_size() -> None:
     x, y = rows(17, 6), rows(17, 3, seed=1)
     bare, parallel = pair(build, 4, loss="mse", **SGD)
     assert_same_fit(bare, parallel, batches([7, 2, 8], x, y), epochs=1)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("how", ["merged", "towers", "own tape", "one tower"])
+def test_crossentropies_do_not_saturate(activation: str, how: str) -> None:
+    """Keras computes them from the logits that it attaches to outputs, which towers lose."""
+
+    def build() -> keras.Model:
+        initializer = keras.initializers.RandomNormal(stddev=60.0, seed=3)
+        dense = keras.layers.Dense(3, activation=activation, kernel_initializer=initializer)
+        return keras.Sequential([keras.Input((6,)), dense])
+
+    loss = "categorical_crossentropy" if activation == "softmax" else "binary_crossentropy"
+    towers, loss_on = (
+        (1, "auto") if how == "one tower" else (3, how if how != "own tape" else "auto")
+    )
+    bare, parallel = pair(build, towers, loss_on=loss_on, optimizer="sgd", loss=loss)
+    x, y = rows(10, 6), np.eye(3, dtype="float32")[np.arange(10) % 3]
+    if how != "own tape":
+        assert_same_fit(bare, parallel, x, y, batch_size=7, epochs=1)
+        return
+    gradients = []
+    for model in (bare, parallel):
+        with tf.GradientTape() as tape:
+            value = tf.reduce_mean(getattr(keras.losses, loss)(y, model(x)))
+        gradients.append([value, *tape.gradient(value, model.trainable_weights)])
+    assert float(gradients[0][0]) > 20  # beyond what probabilities in float32 can tell
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(other, one, rtol=RTOL, atol=ATOL)

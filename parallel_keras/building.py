@@ -1,0 +1,127 @@
+"""Makes the variables of a step before it is traced.
+
+TensorFlow traces a step a second time where the first trace made variables; for a
+deep model that doubles the time to the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from parallel_keras import _compat
+
+
+def symbol(leaf: Any) -> Any:
+    """What Keras knows of a tensor before there is one.
+
+    Args:
+        leaf: Tensor, array or `tf.TypeSpec`; anything else is left as it is.
+
+    Returns:
+        A `keras.KerasTensor`, or the leaf.
+
+    Example:
+    >>> from parallel_keras import building
+    >>> building.symbol(np.ones((2, 3), "float32")).shape
+    (2, 3)
+    """
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return leaf
+    sparse = isinstance(leaf, (tf.SparseTensor, tf.SparseTensorSpec))
+    dtype = keras.backend.standardize_dtype(leaf.dtype)
+    return keras.KerasTensor(tuple(leaf.shape), dtype, sparse=sparse)
+
+
+def before_first_step(
+    function: Callable[[Any], Any], build: Callable[[Any], None]
+) -> Callable[[Any], Any]:
+    """A step function that builds what it needs from the spec of its first batch.
+
+    Args:
+        function: What Keras made: takes an iterator and runs a step.
+        build: Function from the spec of a batch, a nest.
+
+    Returns:
+        A function like the one given.
+    """
+    built = False
+
+    def step(iterator: Any) -> Any:
+        nonlocal built
+        if not built and isinstance(iterator, tf.data.Iterator):
+            build(iterator.element_spec)
+        built = True
+        return function(iterator)
+
+    return step
+
+
+def build_for_step(model: keras.Model, spec: Any, *, training: bool) -> None:
+    """Makes what the step of a compiled model needs: weights, losses, metrics, optimizer.
+
+    Args:
+        model: The model, with its `template`.
+        spec: The spec of a batch, as Keras' data sets have it.
+        training: Whether the optimizer is needed.
+    """
+    present = keras.tree.map_structure(
+        lambda leaf: None if isinstance(leaf, tf.OptionalSpec) else leaf, spec
+    )
+    data = keras.utils.unpack_x_y_sample_weight(present)
+    if not is_dense(data):
+        return
+    if not model.template.built:
+        with tf.device(None):  # Weights go where they would go without the wrapper.
+            model.template(keras.tree.map_structure(symbol, data[0]))
+    build_losses_and_metrics(model, data)
+    if training and model.optimizer is not None and not model.optimizer.built:
+        _build_optimizer(model.optimizer, model.trainable_variables)
+
+
+def _build_optimizer(optimizer: keras.optimizers.Optimizer, variables: list[Any]) -> None:
+    """Makes the optimizer's variables as the first trace of a step would.
+
+    What an optimizer assigns while it is built is part of the traced step, which is thrown
+    away. `ScheduleFreeAdamW` does so: built outside of a trace, it would take other steps.
+    """
+    traced: list[bool] = []
+
+    def build() -> None:
+        if not traced:  # TensorFlow traces again what made variables.
+            with keras.name_scope(optimizer.name):
+                optimizer.build(variables)
+        traced.append(True)
+
+    tf.function(build, autograph=False).get_concrete_function()
+
+
+def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> None:
+    """Makes the variables of the compiled losses and metrics.
+
+    Args:
+        model: The compiled model, whose `template` is built.
+        data: Inputs, targets and sample weights of a batch, or their specs, dense.
+    """
+    _compat.build_losses_and_metrics(model, keras.tree.map_structure(symbol, data))
+
+
+def is_dense(nest: Any) -> bool:
+    """Whether all tensors of a nest, or what their specs stand for, are dense.
+
+    Args:
+        nest: Nest of tensors or of `tf.TypeSpec`.
+
+    Returns:
+        Bool.
+
+    Example:
+    >>> from parallel_keras import building
+    >>> building.is_dense([tf.zeros(3), tf.SparseTensorSpec([3])])
+    False
+    """
+    other = (tf.SparseTensor, tf.RaggedTensor, tf.SparseTensorSpec, tf.RaggedTensorSpec)
+    return not any(isinstance(leaf, other) for leaf in keras.tree.flatten(nest))
