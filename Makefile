@@ -9,7 +9,7 @@ OLDEST_PYTHON ?= python3.10
 OLDEST_VERSIONS := tensorflow==2.16.2 keras==3.8.0
 # Ray is large, and only one test needs it.
 RAY := .venv-ray
-CODE := parallel_keras tests conftest.py setup.py
+CODE := parallel_keras tests conftest.py setup.py docs benchmarks
 
 # Nothing but parallel_keras/_compat.py may reach into Keras' or TensorFlow's private parts.
 # ruff's SLF001 reports private attributes of other objects; this finds what it does not look at.

@@ -16,7 +16,8 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from parallel_keras.devices import virtual_devices
+from parallel_keras.explain import explain
 from parallel_keras.model import DataParallelModel
 from parallel_keras.multi_gpu import multi_gpu_model
 
-__all__ = ["DataParallelModel", "__version__", "multi_gpu_model", "virtual_devices"]
+__all__ = ["DataParallelModel", "__version__", "explain", "multi_gpu_model", "virtual_devices"]

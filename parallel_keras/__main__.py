@@ -12,9 +12,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from parallel_keras.commands import COMMANDS, CommandError
+from parallel_keras.commands import COMMANDS, EXIT_FAILURE, CommandError
 
-EXIT_FAILURE = 1
 EXIT_USAGE = 2
 _HELP = {"-h", "-help", "--help"}
 

@@ -17,6 +17,7 @@ from parallel_keras.devices import Devices, resolve
 from parallel_keras.files import TemplateFiles
 from parallel_keras.first_batch import first_batch
 from parallel_keras.gradients import Runner
+from parallel_keras.notices import Notices
 from parallel_keras.shard import is_empty
 from parallel_keras.steps import ParallelSteps
 from parallel_keras.template_steps import LEARNING, TemplateSteps, overrides
@@ -145,6 +146,8 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         self._run_as_compiled()
         if template.compiled:
             self._inherit_compile()
+        self._notices = Notices(template, names)
+        self._notices.wrapped(self)
 
     @property
     def num_towers(self) -> int:

@@ -181,6 +181,7 @@ RAISES = {
     "cluster.py": 11,
     "devices.py": 15,
     "exchange.py": 1,
+    "explain.py": 4,
     "feeding.py": 1,
     "loss_step.py": 1,
     "merge.py": 2,
@@ -190,7 +191,9 @@ RAISES = {
     "own_rows.py": 4,
     "roll_call.py": 3,
     "scope.py": 1,
+    "self_check.py": 1,
     "shard.py": 2,
+    "timeline.py": 1,
     "towers.py": 2,
     "workers.py": 2,
 }

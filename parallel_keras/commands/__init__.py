@@ -17,9 +17,15 @@ from typing import Final
 COMMANDS: Final[dict[str, str]] = {
     "cluster": "Check TF_CONFIG, and that the workers it names can reach each other.",
     "demo": "Train on handwritten digits on one device and on all of them, and compare the two.",
+    "devices": "List the devices that TensorFlow sees, and check the copies between them.",
+    "explain": "Say where the time of a training step of a saved model goes.",
     "workers": "Run a script several times on this machine, each time as another worker.",
 }
 """Each command with the line that stands for it in the list of commands."""
+
+
+EXIT_FAILURE: Final = 1
+"""What the process ends with when a command failed."""
 
 
 class CommandError(Exception):

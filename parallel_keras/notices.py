@@ -1,0 +1,122 @@
+"""What the log says: one line when a model is wrapped, and what a user should change."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Final
+
+import keras
+import tensorflow as tf
+from absl import logging
+
+from parallel_keras import _compat
+from parallel_keras.hardware import gpu_memories
+
+# Below this, starting the work on a device takes longer than the work of most layers.
+FEWEST_ROWS: Final = 4
+# Mean and variance of fewer rows are too far from those of the batch to train well with: error
+# rises steeply below 8 images (Wu and He, Group Normalization, https://arxiv.org/abs/1803.08494).
+FEWEST_ROWS_TO_NORMALISE: Final = 8
+# What `fit` takes for arrays where it is given none.
+KERAS_BATCH_SIZE: Final = 32
+
+
+class Notices:
+    """Tells the log about one wrapped model, each thing once.
+
+    Args:
+        template: The model.
+        devices: Canonical device names.
+    """
+
+    def __init__(self, template: keras.Model, devices: Sequence[str]) -> None:
+        self._template, self._devices = template, devices
+        self._said: set[str] = set()
+
+    def wrapped(self, parallel: Any) -> None:
+        """Says what was made of the model, and whether the devices fit each other.
+
+        Args:
+            parallel: The `DataParallelModel`.
+        """
+        count = len(self._devices)
+        logging.info(
+            "DataParallelModel(%s): %s on %s; loss: %s",
+            self._template.name,
+            "1 tower" if count == 1 else f"{count} towers",
+            ", ".join(self._devices),
+            _loss_in_words(parallel),
+        )
+        memories = gpu_memories(self._devices)
+        if len(set(memories.values())) > 1:
+            self._warn(
+                "memory",
+                "The devices have memories of different sizes (%s). Each gets as many rows, so the "
+                "smallest limits the batch. Leave it out with devices=[...], or hide it with "
+                "CUDA_VISIBLE_DEVICES.",
+                ", ".join(f"{device}: {size:,} MB" for device, size in memories.items()),
+            )
+
+    def fitting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Looks at the batches that are about to be trained on.
+
+        Args:
+            args: Positional arguments of `fit`.
+            kwargs: Keyword arguments of `fit`.
+        """
+        given = inspect.signature(keras.Model.fit).bind(None, *args, **kwargs).arguments
+        rows = _rows_of_a_batch(given.get("x"), given.get("batch_size"))
+        if rows is not None and len(self._devices) > 1:
+            self._batch(rows)
+
+    def _batch(self, rows: int) -> None:
+        towers = len(self._devices)
+        if rows < FEWEST_ROWS * towers:
+            self._warn(
+                "rows",
+                "A batch of %d rows gives each of %d devices fewer than %d, which is mostly slower "
+                "than one device. Use a larger batch_size (it is that of all devices together) or "
+                "fewer devices; parallel_keras.explain(parallel, batch) measures it.",
+                *(rows, towers, FEWEST_ROWS),
+            )
+        layer = self._normalising_by_shard()
+        if layer is not None and rows < FEWEST_ROWS_TO_NORMALISE * towers:
+            self._warn(
+                "normalisation",
+                "Layer %r normalises the rows of each device by themselves, and a batch of %d rows "
+                "gives each of %d devices fewer than %d. Use a larger batch, or build the layer "
+                "with synchronized=True: then it normalises the whole batch, as on one device.",
+                *(layer.name, rows, towers, FEWEST_ROWS_TO_NORMALISE),
+            )
+
+    def _normalising_by_shard(self) -> keras.layers.Layer | None:
+        for layer in _compat.all_layers(self._template):
+            is_normalisation = isinstance(layer, keras.layers.BatchNormalization)
+            if is_normalisation and layer.trainable and not layer.synchronized:
+                return layer
+        return None
+
+    def _warn(self, what: str, message: str, *arguments: Any) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logging.warning(message, *arguments)
+
+
+def _loss_in_words(parallel: Any) -> str:
+    if parallel.loss_on != "auto":
+        return f"{parallel.loss_on}, as asked for"
+    if not parallel.compiled:
+        return "auto, known after compile()"
+    path = parallel.loss_path
+    return "on the towers" if path.reduction else f"merged ({path.reason})"
+
+
+def _rows_of_a_batch(x: Any, batch_size: int | None) -> int | None:
+    """The rows of all but the last batch, or `None` if only reading one would tell."""
+    is_dataset = isinstance(x, tf.data.Dataset)
+    leaves = tf.nest.flatten(x.element_spec if is_dataset else x)
+    sizes = [leaf.shape[0] for leaf in leaves if getattr(leaf, "shape", ())]
+    if not sizes or sizes[0] is None or is_dataset:
+        return sizes[0] if sizes else None
+    return min(sizes[0], batch_size or KERAS_BATCH_SIZE)

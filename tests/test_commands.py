@@ -1,0 +1,130 @@
+"""The commands as a user runs them: a process each, all of them at the same time."""
+
+import configparser
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from parallel_keras.random_batch import random_batch
+from tests.parity import mlp
+
+ENVIRONMENT = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+COMMANDS = {
+    "devices": ["devices", "--check", "--json"],
+    "table": ["devices"],
+    "explain": ["explain", "net.keras", "--devices=2", "--batch-size=6", "--repeats=2", "--json",
+                "--picture=step.png"],
+    "missing": ["explain", "lost.keras"],
+    "broken": ["explain", "broken.keras"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("commands")
+    model = mlp()
+    model.compile("adam", "mse")
+    model.save(folder / "net.keras")
+    (folder / "broken.keras").write_text("not a model")
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "parallel_keras", *command],
+            cwd=folder, env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for name, command in COMMANDS.items()
+    }  # fmt: skip
+    done = {}
+    for name, process in processes.items():
+        out, err = process.communicate(timeout=240)
+        done[name] = subprocess.CompletedProcess(COMMANDS[name], process.returncode, out, err)
+    done["folder"] = folder
+    return done
+
+
+def test_devices(results: Any) -> None:
+    assert results["devices"].returncode == 0, results["devices"].stderr
+    found = json.loads(results["devices"].stdout)
+    assert [device["name"] for device in found["devices"]] == ["/device:CPU:0"]
+    assert found["devices"][0]["use"] == "CPU:0"
+    assert found["default"] == ["/device:CPU:0"]
+    assert "CUDA_VISIBLE_DEVICES='-1' hides GPUs" in found["missing_gpus"][0]
+    assert found["faults"] == []
+
+
+def test_devices_as_a_table(results: Any) -> None:
+    assert results["table"].returncode == 0, results["table"].stderr
+    shown = results["table"].stdout
+    assert f"Keras {keras.__version__}" in shown
+    assert "DataParallelModel(model) uses: /device:CPU:0\n" in shown
+    assert "Why there are not more GPUs: CUDA_VISIBLE_DEVICES='-1' hides GPUs" in shown
+
+
+def test_explain(results: Any) -> None:
+    assert results["explain"].returncode == 0, results["explain"].stderr
+    found = json.loads(results["explain"].stdout)
+    assert [tower["rows"] for tower in found["towers"]] == [3, 3]
+    assert found["batch_size"] == 6
+    assert found["step"] > 0
+    assert (results["folder"] / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("missing", "There is no such file."), ("broken", "Keras cannot load broken.keras: ")],
+)
+def test_errors_are_one_line(results: Any, name: str, words: str) -> None:
+    assert results[name].returncode == 1
+    assert results[name].stdout == ""
+    last = results[name].stderr.splitlines()[-1]
+    assert last.startswith(f"parallel_keras explain: {words}")
+    assert "Traceback" not in results[name].stderr
+
+
+def test_console_script() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    script = setup["options.entry_points"]["console_scripts"].strip()
+    assert script == "parallel-keras = parallel_keras.__main__:console"
+    assert callable(importlib.import_module("parallel_keras.__main__").console)
+
+
+def two_headed() -> keras.Model:
+    pixels = keras.Input((4,), name="pixels")
+    words = keras.Input((None,), dtype="int32", name="words")
+    outputs = {
+        "kind": keras.layers.Dense(2, activation="softmax")(pixels),
+        "next": keras.layers.Embedding(5, 3)(words),
+    }
+    return keras.Model({"pixels": pixels, "words": words}, outputs)
+
+
+def test_random_rows_fit_the_model() -> None:
+    model = two_headed()
+    losses = {"kind": "mse", "next": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}
+    model.compile("sgd", loss=losses)
+    x, y = random_batch(model, rows=3, length=5)
+    assert x["pixels"].shape == (3, 4)
+    assert x["pixels"].std() > 0
+    np.testing.assert_array_equal(x["words"], np.zeros((3, 5)))
+    assert y["kind"].shape == (3, 2)
+    np.testing.assert_array_equal(y["next"], np.zeros((3, 5)))
+    model.train_on_batch(x, y)
+
+
+def test_random_rows_for_a_list_of_losses() -> None:
+    inputs = keras.Input((4,))
+    outputs = [keras.layers.Dense(2)(inputs), keras.layers.Dense(3)(inputs)]
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", loss=["mse", "sparse_categorical_crossentropy"])
+    _, (first, second) = random_batch(model, rows=3)
+    assert first.shape == (3, 2)
+    assert second.shape == (3,)

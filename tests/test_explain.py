@@ -1,0 +1,330 @@
+"""`explain` says why a step is not faster: P1 and wish 7 of the users of the peers.
+
+https://github.com/tensorflow/tensorflow/issues/35687
+https://github.com/tensorflow/tensorflow/issues/33809
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import parallel_keras as pk
+from parallel_keras.explanation import Explanation
+from parallel_keras.step_times import TowerTimes
+from parallel_keras.timeline import lanes
+from parallel_keras.verdict import judge
+from tests.parity import mlp, rows
+
+CPUS = ("/device:CPU:0", "/device:CPU:1")
+
+
+def times(**changes: Any) -> Explanation:
+    """Two devices on which a step takes half as long as on one, but for the changes."""
+    towers = tuple(TowerTimes(device, 32, 15.0, 30.0, 0.0) for device in CPUS)
+    usual = Explanation(
+        batch_size=64, loss_on="towers", why_merged="", may_divide=False,
+        merge_device=CPUS[0], towers=towers, starting=0.0, sharding=0.5, weights_out=0.5,
+        together=46.0, merging=1.0, update=2.0, step=50.0, template=100.0, whole=90.0,
+    )  # fmt: skip
+    return dataclasses.replace(usual, **changes)
+
+
+def towers(*busy: float) -> tuple[TowerTimes, ...]:
+    return tuple(
+        TowerTimes(device, 32, ms / 3, 2 * ms / 3, max(busy) - ms)
+        for device, ms in zip(CPUS, busy, strict=True)
+    )
+
+
+MERGED = {"loss_on": "merged", "why_merged": "it was asked for", "merging": 45.0, "step": 95.0}
+CASES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "good": ({}, "none", "2.00 times as fast"),
+    "eager": ({"eager": True, "step": 200.0}, "eager", "Compile without run_eagerly"),
+    "input": ({"reading": 51.0}, "input", "prefetch"),
+    "one device": ({"towers": towers(90.0, 0.0)[:1], "step": 101.0}, "one device", "more devices"),
+    "slow device": ({"towers": towers(45.0, 140.0), "step": 145.0}, "slow device", "CPU:1 needs"),
+    "outputs": ({**MERGED, "may_divide": True}, "merging", 'Use loss_on="towers"'),
+    "whole batch": (MERGED, "merging", "needs the whole batch"),
+    "gradients": ({"merging": 45.0, "step": 95.0}, "small batch", "adding up gradients 45.00"),
+    "stiff": ({"towers": towers(85.0, 85.0), "step": 95.0}, "small batch", "in the towers 40.00"),
+    "fewer rows than devices": ({"batch_size": 1, "step": 95.0}, "small batch", "of 1 rows"),
+    "weights": ({"weights_out": 40.0, "step": 95.0}, "small batch", "copying weights 40.00"),
+    "update": ({"update": 40.0, "step": 95.0}, "small batch", "Use a larger batch_size"),
+    "cores": ({"together": 92.0, "step": 95.0}, "shared hardware", "share the same hardware"),
+    "sharding": ({"sharding": 40.0, "step": 95.0}, "sharding", "Make the inputs smaller"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_verdicts(case: str) -> None:
+    changes, cause, words = CASES[case]
+    verdict = judge(times(**changes))
+    assert verdict.cause == cause
+    assert words in f"{verdict.finding} {verdict.remedy}"
+
+
+def test_a_slow_device_may_be_the_first() -> None:
+    verdict = judge(times(towers=towers(140.0, 45.0), step=145.0))
+    assert verdict.cause == "slow device"
+    assert verdict.finding.startswith("/device:CPU:0 needs 140.00 ms")
+
+
+def test_efficiency_is_the_speed_up_by_device() -> None:
+    explanation = times(step=80.0)
+    assert explanation.speed_up == pytest.approx(1.25)
+    assert explanation.efficiency == pytest.approx(0.625)
+
+
+def test_printed_as_a_table() -> None:
+    shown = str(times(**MERGED, reading=1.5))
+    assert "2 towers, 64 rows a step, loss on: merged\n(outputs are merged first: it was" in shown
+    assert "/device:CPU:1                           32     15.00     30.00      0.00\n" in shown
+    assert "whole step                           95.00\n" in shown
+    assert "reading a batch, beside the step      1.50\n" in shown
+    assert "efficiency (speed-up / towers)         53%\n" in shown
+    assert " ".join(shown.split()).endswith("-> " + times(**MERGED).verdict.remedy)
+    assert max(map(len, shown.splitlines())) <= 72
+    assert str(times(towers=towers(90.0, 0.0)[:1])).startswith("1 tower, 64 rows a step")
+
+
+def test_as_json() -> None:
+    found = json.loads(json.dumps(times().as_dict()))
+    assert found["speed_up"] == 2.0
+    assert found["towers"][1]["device"] == "/device:CPU:1"
+    assert found["verdict"]["cause"] == "none"
+
+
+def test_timeline_has_a_lane_for_each_device() -> None:
+    drawn = lanes(times(towers=towers(40.0, 45.0)))
+    assert list(drawn) == ["merging on CPU:0", "tower on CPU:0", "tower on CPU:1", "one device"]
+    forward, backward, waiting, slower = drawn["tower on CPU:0"]
+    assert forward[:2] == ("forward", 1.0)
+    assert backward[1] == pytest.approx(forward[1] + forward[2])
+    assert waiting == ("waiting", pytest.approx(41.0), pytest.approx(5.0))
+    assert slower == ("slower at the same time", pytest.approx(46.0), pytest.approx(1.0))
+    assert drawn["merging on CPU:0"][3] == ("merging", pytest.approx(47.0), 1.0)
+
+
+def test_timeline_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    times(reading=3.0).draw(tmp_path / "step.png")
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_timeline_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"step.png'\. Install: pip install \"parallel_keras"):
+        times().draw(tmp_path / "step.png")
+
+
+def deep(units: int = 4) -> keras.Model:
+    """Much work to start, little in each operation."""
+    layers = [keras.layers.Dense(units, activation="tanh") for _ in range(6)]
+    return keras.Sequential([keras.Input((6,)), *layers])
+
+
+def test_small_batch() -> None:
+    parallel = pk.DataParallelModel(deep(), 2)
+    parallel.compile("sgd", "mse")
+    explanation = pk.explain(parallel, (rows(4, 6), rows(4, 4)), repeats=20)
+    assert explanation.verdict.cause == "small batch"
+    assert [tower.rows for tower in explanation.towers] == [2, 2]
+
+
+def wide() -> keras.Model:
+    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(2), keras.layers.Dense(30000)])
+
+
+def test_large_output() -> None:
+    """The same model and batch: outputs are merged, and then they are not."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    batch = (rows(64, 6), np.arange(64))
+    found = {}
+    for loss_on in ("merged", "towers"):
+        parallel = pk.DataParallelModel(wide(), 2, loss_on=loss_on)
+        parallel.compile("sgd", loss)
+        found[loss_on] = pk.explain(parallel, batch, repeats=20)
+    assert found["merged"].verdict.cause == "merging"
+    assert 'loss_on="towers"' in found["merged"].verdict.remedy
+    assert found["towers"].loss_on == "towers"
+    assert found["towers"].merging < found["merged"].merging / 3
+
+
+class SlowFor(keras.layers.Layer):
+    """Stands in for a slow device: takes a while for the shard that begins with a mark."""
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        def wait(value: tf.Tensor) -> tf.Tensor:
+            if value[0, 0] > 100 and len(value) < 9:
+                time.sleep(0.2)
+            return value
+
+        return tf.ensure_shape(tf.py_function(wait, [x], x.dtype), x.shape)
+
+
+def test_slow_device() -> None:
+    template = keras.Sequential([keras.Input((6,)), SlowFor(), keras.layers.Dense(2)])
+    parallel = pk.DataParallelModel(template, ["CPU:0", "CPU:3", "CPU:2"])
+    parallel.compile("sgd", "mse")
+    x = rows(9, 6)
+    x[6] = 101
+    explanation = pk.explain(parallel, (x, rows(9, 2)), repeats=3)
+    assert explanation.verdict.cause == "slow device"
+    assert explanation.verdict.finding.startswith("/device:CPU:2 needs ")
+    first, _, slow = explanation.towers
+    assert slow.forward > 190 > 10 * first.forward
+    assert first.waiting > 150
+    assert slow.waiting == 0
+
+
+def slow_dataset() -> tf.data.Dataset:
+    def wait(x: tf.Tensor) -> tf.Tensor:
+        time.sleep(0.1)
+        return x
+
+    dataset = tf.data.Dataset.from_tensor_slices((rows(8, 6), rows(8, 3))).batch(4)
+    return dataset.map(
+        lambda x, y: (tf.ensure_shape(tf.py_function(wait, [x], x.dtype), (4, 6)), y)
+    )
+
+
+class SlowRows(keras.utils.PyDataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.1)
+        return rows(4, 6, seed=index), rows(4, 3, seed=index)
+
+
+@pytest.mark.parametrize("dataset", [slow_dataset, SlowRows])
+def test_slow_input(dataset: Any) -> None:
+    parallel = pk.DataParallelModel(mlp(), 2)
+    parallel.compile("sgd", "mse")
+    explanation = pk.explain(parallel, dataset(), repeats=2)
+    assert explanation.verdict.cause == "input"
+    assert explanation.reading is not None
+    assert explanation.reading > 90
+    assert explanation.batch_size == 4
+
+
+def forgetful() -> keras.Model:
+    """Everything that a step changes: normalisation, seeds, weights."""
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.5, seed=1),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+@pytest.mark.parametrize("loss_on", ["towers", "merged"])
+def test_nothing_is_changed(loss_on: str) -> None:
+    parallel = pk.DataParallelModel(forgetful(), 2, loss_on=loss_on)
+    parallel.compile(keras.optimizers.Adam(0.1), "mse", metrics=["mae"])
+    batch = (rows(7, 6), rows(7, 3), np.ones(7, "float32"))
+    parallel.train_on_batch(*batch)
+    holders = [*parallel.template.variables, *parallel.optimizer.variables]
+    holders += parallel.metrics_variables
+    before = [variable.numpy().copy() for variable in holders]
+    assert any(value.any() for value in before[-4:])
+    pk.explain(parallel, batch, repeats=1)
+    for variable, value in zip(holders, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value, err_msg=variable.path)
+
+
+def test_nothing_is_left_of_a_model_never_trained() -> None:
+    parallel = pk.DataParallelModel(mlp(), 2)
+    parallel.compile("adam", "mse", metrics=["mae"])
+    weights = [weight.copy() for weight in parallel.get_weights()]
+    pk.explain(parallel, (rows(6, 6), rows(6, 3)), repeats=1)
+    for weight, value in zip(parallel.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(weight, value)
+    assert parallel.optimizer.iterations == 0
+    assert all(not variable.numpy().any() for variable in parallel.metrics_variables)
+
+
+def test_put_back_after_a_failure() -> None:
+    parallel = pk.DataParallelModel(mlp(), 2)
+    parallel.compile("sgd", "mse")
+    weights = [weight.copy() for weight in parallel.get_weights()]
+
+    def fail(data: Any) -> None:
+        parallel.template.trainable_weights[0].assign_add(np.ones((6, 7)))
+        raise RuntimeError("out of order")
+
+    parallel.template.train_step = fail
+    with pytest.raises(RuntimeError, match="out of order"):
+        pk.explain(parallel, (rows(6, 6), rows(6, 3)), repeats=1)
+    np.testing.assert_array_equal(parallel.get_weights()[0], weights[0])
+
+
+def test_unbuilt_masked_and_without_loss() -> None:
+    """The odd ones: built from the batch, merged because of a mask, only `add_loss`."""
+    words = keras.Sequential([keras.layers.Embedding(9, 4, mask_zero=True), keras.layers.Dense(3)])
+    parallel = pk.DataParallelModel(words, 2)
+    parallel.compile("sgd", "mse")
+    explanation = pk.explain(parallel, (np.ones((4, 5), "int32"), rows(4, 5, 3)), repeats=1)
+    assert explanation.loss_on == "merged"
+    assert "has a mask" in explanation.why_merged
+
+    class Penalty(keras.layers.Layer):
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            self.add_loss(tf.reduce_mean(tf.square(x)))
+            return x
+
+    own = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), Penalty()])
+    parallel = pk.DataParallelModel(own, 2)
+    parallel.compile("sgd")
+    explanation = pk.explain(parallel, rows(4, 6), repeats=1)
+    assert explanation.why_merged == "there is no compiled loss"
+
+
+def test_fewer_rows_than_devices_and_one_device() -> None:
+    parallel = pk.DataParallelModel(mlp(), 3)
+    parallel.compile("sgd", "mse")
+    explanation = pk.explain(parallel, (rows(2, 6), rows(2, 3)), repeats=1)
+    assert [tower.rows for tower in explanation.towers] == [1, 1, 0]
+    assert explanation.verdict.cause in ("small batch", "none")
+    alone = pk.DataParallelModel(mlp(), 1)
+    alone.compile("sgd", "mse")
+    assert pk.explain(alone, (rows(2, 6), rows(2, 3)), repeats=1).verdict.cause == "one device"
+
+
+def test_eagerly_and_synchronized() -> None:
+    parallel = pk.DataParallelModel(mlp(), 2)
+    parallel.compile("sgd", "mse", run_eagerly=True)
+    assert pk.explain(parallel, (rows(4, 6), rows(4, 3)), repeats=1).verdict.cause == "eager"
+    layers = [keras.layers.BatchNormalization(synchronized=True), keras.layers.Dense(3)]
+    parallel = pk.DataParallelModel(keras.Sequential([keras.Input((6,)), *layers]), 2)
+    parallel.compile("sgd", "mse")
+    assert len(pk.explain(parallel, (rows(5, 6), rows(5, 3)), repeats=1).towers) == 2
+
+
+def test_wrong_use() -> None:
+    with pytest.raises(TypeError, match=r"to be a DataParallelModel\. Received: parallel=.*Wrap"):
+        pk.explain(mlp(), None)
+    parallel = pk.DataParallelModel(mlp(), 2)
+    with pytest.raises(ValueError, match=r"Only a compiled model.*compile\(optimizer"):
+        pk.explain(parallel, (rows(4, 6), rows(4, 3)))
+    with pytest.raises(ValueError, match=r"`repeats` to be at least 1\. Received: repeats=0"):
+        pk.explain(parallel, (rows(4, 6), rows(4, 3)), repeats=0)
+
+    class Own(pk.DataParallelModel):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    own = Own(mlp(), 2)
+    own.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"Received: Own, which overrides `compute_loss`"):
+        pk.explain(own, (rows(4, 6), rows(4, 3)))
