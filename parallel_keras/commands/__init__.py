@@ -10,6 +10,7 @@ from typing import Final
 
 COMMANDS: Final[dict[str, str]] = {
     "demo": "Train on handwritten digits on one device and on all of them, and compare the two.",
+    "bench": "Train your own model on one device and on several, and compare the times.",
 }
 """Each command with the line that stands for it in the list of commands."""
 
