@@ -1,4 +1,4 @@
-"""The six workloads: a model, its optimizer and loss, and one batch of random data each.
+"""The workloads: a model, its optimizer and loss, and one batch of random data each.
 
 A batch is made once and fed again and again, so that no input pipeline is measured.
 """
@@ -26,7 +26,6 @@ class Workload:
         optimizer: Makes the optimizer.
         loss: The name or object that `compile` takes.
         batch: Makes inputs and targets of one batch.
-        steps: How many training steps of it take about a second.
     """
 
     about: str
@@ -34,7 +33,6 @@ class Workload:
     optimizer: Callable[[], keras.optimizers.Optimizer]
     loss: Any
     batch: Callable[[np.random.Generator], Batch]
-    steps: int
 
     def compiled(self) -> keras.Model:
         """The model, compiled."""
@@ -84,16 +82,29 @@ def _xception() -> keras.Model:
 TOKENS, WORDS, WIDTH = 64, 8192, 128
 
 
-def _transformer() -> keras.Model:
+def encoder(tokens: int, words: int) -> tuple[keras.KerasTensor, keras.KerasTensor]:
+    """Inputs and last hidden states of a Transformer encoder of two layers."""
     layers = keras.layers
-    tokens = keras.Input((TOKENS,), dtype="int32")
-    x = layers.Embedding(WORDS, WIDTH)(tokens)
+    inputs = keras.Input((tokens,), dtype="int32")
+    x = layers.Embedding(words, WIDTH)(inputs)
     for _ in range(2):
         attended = layers.MultiHeadAttention(4, WIDTH // 4)(x, x)
         x = layers.LayerNormalization()(x + attended)
         hidden = layers.Dense(4 * WIDTH, activation="gelu")(x)
         x = layers.LayerNormalization()(x + layers.Dense(WIDTH)(hidden))
-    return keras.Model(tokens, layers.Dense(WORDS)(x))
+    return inputs, x
+
+
+def next_word(tokens: int = TOKENS, words: int = WORDS) -> keras.Model:
+    """The encoder with a score for every word at every token."""
+    inputs, x = encoder(tokens, words)
+    return keras.Model(inputs, keras.layers.Dense(words)(x))
+
+
+def _sentence() -> keras.Model:
+    inputs, x = encoder(TOKENS, WORDS)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, keras.layers.Dense(10)(x))
 
 
 ROWS_OF_TABLE, IDS = 200_000, 32
@@ -111,6 +122,11 @@ def _words(random: np.random.Generator) -> Batch:
     return x, y
 
 
+def _sentences(random: np.random.Generator) -> Batch:
+    x = random.integers(0, WORDS, (32, TOKENS)).astype("int32")
+    return x, random.integers(0, 10, 32)
+
+
 def _classes() -> keras.losses.Loss:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -122,7 +138,6 @@ WORKLOADS = {
         lambda: keras.optimizers.SGD(0.01),
         "mse",
         lambda random: (_normal(random, 32, 10), _normal(random, 32, 1)),
-        steps=500,
     ),
     "mlp": Workload(
         "MLP 784-1024-1024-10, batch 1024",
@@ -130,7 +145,6 @@ WORKLOADS = {
         lambda: keras.optimizers.Adam(),
         _classes(),
         lambda random: (_normal(random, 1024, 784), random.integers(0, 10, 1024)),
-        steps=10,
     ),
     "cnn": Workload(
         "CNN 32x32, batch 128",
@@ -138,7 +152,6 @@ WORKLOADS = {
         lambda: keras.optimizers.Adam(),
         _classes(),
         lambda random: (_normal(random, 128, 32, 32, 3), random.integers(0, 10, 128)),
-        steps=5,
     ),
     "xception": Workload(
         "Xception 71x71, batch 16",
@@ -146,15 +159,20 @@ WORKLOADS = {
         lambda: keras.optimizers.RMSprop(1e-4),
         _classes(),
         lambda random: (_normal(random, 16, 71, 71, 3), random.integers(0, 100, 16)),
-        steps=2,
     ),
-    "transformer": Workload(
-        "Transformer encoder, 8k-word output, batch 16 x 64 tokens",
-        _transformer,
+    "encoder": Workload(
+        "Transformer encoder, batch 32 x 64 tokens",
+        _sentence,
+        lambda: keras.optimizers.Adam(),
+        _classes(),
+        _sentences,
+    ),
+    "words": Workload(
+        "Transformer with 8k-word output, batch 16 x 64 tokens",
+        next_word,
         lambda: keras.optimizers.Adam(),
         _classes(),
         _words,
-        steps=5,
     ),
     "embedding": Workload(
         "Embedding 200k x 64, batch 1024",
@@ -166,6 +184,5 @@ WORKLOADS = {
             random.integers(0, ROWS_OF_TABLE, (1024, IDS)).astype("int32"),
             _normal(random, 1024, 1),
         ),
-        steps=100,
     ),
 }
