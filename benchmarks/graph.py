@@ -114,7 +114,7 @@ def main() -> None:
     bytes_ = {
         loss_on: [large_outputs(*size, loss_on) for size in SIZES] for loss_on in ("auto", "merged")
     }
-    print(json.dumps({"bytes": bytes_, "traces": traces()}))
+    print(json.dumps({"towers": TOWERS, "bytes": bytes_, "traces": traces()}))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,8 @@ import tensorflow as tf
 # The profiler's own viewer is a package of its own; TensorFlow carries the format that it reads.
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
+from benchmarks.names import ALONE, MERGE, NOTHING, PHASES, SIDE_BY_SIDE, UPDATE
 from parallel_keras.measuring.worker import Contender
-
-SIDE_BY_SIDE = "towers, side by side"
-ALONE = "one tower alone"
-UPDATE = "weight update"
-MERGE = "cut, merge, hand over"
-NOTHING = "no operation (Python, waiting)"
-PHASES = (SIDE_BY_SIDE, ALONE, UPDATE, MERGE, NOTHING)
 
 OPERATION = re.compile(r"^(?P<node>[^: ][^:]*):_?[A-Z]\w*$")
 Event = tuple[float, float, str]  # start, end, "tower", "update" or "merge"

@@ -21,14 +21,12 @@ class Workload:
     """One thing to train.
 
     Attributes:
-        about: What stands for it in tables.
         build: Makes the model, with the same weights each time.
         optimizer: Makes the optimizer.
         loss: The name or object that `compile` takes.
         batch: Makes inputs and targets of one batch.
     """
 
-    about: str
     build: Callable[[], keras.Model]
     optimizer: Callable[[], keras.optimizers.Optimizer]
     loss: Any
@@ -133,49 +131,42 @@ def _classes() -> keras.losses.Loss:
 
 WORKLOADS = {
     "tiny": Workload(
-        "MLP 10-10-1, batch 32",
         _tiny,
         lambda: keras.optimizers.SGD(0.01),
         "mse",
         lambda random: (_normal(random, 32, 10), _normal(random, 32, 1)),
     ),
     "mlp": Workload(
-        "MLP 784-1024-1024-10, batch 1024",
         _mlp,
         lambda: keras.optimizers.Adam(),
         _classes(),
         lambda random: (_normal(random, 1024, 784), random.integers(0, 10, 1024)),
     ),
     "cnn": Workload(
-        "CNN 32x32, batch 128",
         _cnn,
         lambda: keras.optimizers.Adam(),
         _classes(),
         lambda random: (_normal(random, 128, 32, 32, 3), random.integers(0, 10, 128)),
     ),
     "xception": Workload(
-        "Xception 71x71, batch 16",
         _xception,
         lambda: keras.optimizers.RMSprop(1e-4),
         _classes(),
         lambda random: (_normal(random, 16, 71, 71, 3), random.integers(0, 100, 16)),
     ),
     "encoder": Workload(
-        "Transformer encoder, batch 32 x 64 tokens",
         _sentence,
         lambda: keras.optimizers.Adam(),
         _classes(),
         _sentences,
     ),
     "words": Workload(
-        "Transformer with 8k-word output, batch 16 x 64 tokens",
         next_word,
         lambda: keras.optimizers.Adam(),
         _classes(),
         _words,
     ),
     "embedding": Workload(
-        "Embedding 200k x 64, batch 1024",
         _embedding,
         # Keras' Adam updates every row of a table at each step; SGD only the rows of the batch.
         lambda: keras.optimizers.SGD(0.01),

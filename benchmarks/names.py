@@ -1,0 +1,18 @@
+"""What workloads and phases are called; apart, so that drawing them needs no TensorFlow."""
+
+ABOUT = {
+    "tiny": "MLP 10-10-1, batch 32",
+    "mlp": "MLP 784-1024-1024-10, batch 1024",
+    "cnn": "CNN 32x32, batch 128",
+    "xception": "Xception 71x71, batch 16",
+    "encoder": "Transformer encoder, batch 32 x 64 tokens",
+    "words": "Transformer with 8k-word output, batch 16 x 64 tokens",
+    "embedding": "Embedding 200k x 64, batch 1024",
+}
+
+SIDE_BY_SIDE = "towers, side by side"
+ALONE = "one tower alone"
+UPDATE = "weight update"
+MERGE = "cut, merge, hand over"
+NOTHING = "no operation (Python, waiting)"
+PHASES = (SIDE_BY_SIDE, ALONE, UPDATE, MERGE, NOTHING)
