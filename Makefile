@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= python3.10
 OLDEST_VERSIONS := tensorflow==2.16.2 keras==3.8.0
-CODE := parallel_keras tests conftest.py setup.py
+CODE := parallel_keras benchmarks tests conftest.py setup.py
 
 # Nothing but parallel_keras/_compat.py may reach into Keras' or TensorFlow's private parts.
 # ruff's SLF001 reports private attributes of other objects; this finds what it does not look at.
@@ -17,7 +17,7 @@ PRIVATE := $(PRIVATE)|(get|set|has|del)attr\([^,()]+, *["']_[a-z]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest check lint types doctest docs private format clean
+.PHONY: help demo test test-oldest bench bench-quick check lint types doctest docs private format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,12 @@ test: $(VENV)/.extra-test ## Run the tests
 
 test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, TensorFlow and Keras
 	$(OLDEST)/bin/python -m pytest
+
+bench: $(VENV)/.extra-bench ## Measure everything beside its peers (half an hour, quiet machine)
+	$(BIN)/python -m benchmarks
+
+bench-quick: $(VENV)/.extra-bench ## Measure less, in under 3 minutes; documents stay as they are
+	$(BIN)/python -m benchmarks --quick
 
 check: lint private types doctest docs ## Everything but the tests: style, types, examples, docs
 

@@ -90,7 +90,9 @@ def host_transfer(size: float, devices: int) -> float:
 def exchange(network: Network, machine: Machine, devices: int) -> float:
     """Seconds to hand out weights, bring gradients together and update, of one step."""
     size, others = network.bytes, devices - 1
-    out = host_transfer(size, devices) if machine.weights == "cpu" else others * size / machine.peers
+    out = (
+        host_transfer(size, devices) if machine.weights == "cpu" else others * size / machine.peers
+    )
     update = UPDATE_PASSES * size / (CPU_MEMORY if machine.weights == "cpu" else GPU_MEMORY)
     if devices == 1:
         return out * 2 + update  # nothing to merge, but gradients go where the weights are

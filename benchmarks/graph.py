@@ -40,8 +40,10 @@ def crossing_bytes(graph: tf.Graph, merge_device: str) -> int:
 
 def _bytes(tensor: tf.Tensor) -> int:
     # A handle is the place of a variable, not its value.
-    return 0 if tensor.dtype in (tf.resource, tf.variant) else tensor.shape.num_elements() * (
-        tensor.dtype.size
+    return (
+        0
+        if tensor.dtype in (tf.resource, tf.variant)
+        else tensor.shape.num_elements() * (tensor.dtype.size)
     )
 
 

@@ -1,4 +1,4 @@
-"""What workloads and phases are called; apart, so that drawing them needs no TensorFlow."""
+"""What workloads and phases are called in tables and plots."""
 
 ABOUT = {
     "tiny": "MLP 10-10-1, batch 32",

@@ -96,5 +96,7 @@ def _kind(node: str, layers: tuple[str, ...], optimizer: str) -> str:
     if optimizer in parts:
         return "update"
     # A name that is taken gets a number behind it.
-    inside = any(part == name or re.match(rf"{name}_\d+$", part) for part in parts for name in layers)
+    inside = any(
+        part == name or re.match(rf"{name}_\d+$", part) for part in parts for name in layers
+    )
     return "tower" if inside or "gradient_tape" in parts else "merge"

@@ -42,9 +42,7 @@ def measure(workload: str, settings: Settings) -> dict[str, Any]:
     with rounds.workers(WORKER, contenders(workload, settings)) as every:
         train = rounds.take_turns(every, "train", settings.rounds, settings.seconds)
         predicting = {name: each for name, each in every.items() if name.startswith(PREDICTING)}
-        predict = rounds.take_turns(
-            predicting, "predict", settings.rounds, settings.seconds / 2
-        )
+        predict = rounds.take_turns(predicting, "predict", settings.rounds, settings.seconds / 2)
         shares = {
             name: every[name].ask("profile", 5)["shares"]
             for name in (key("bare", 1), key("ours", 2), key("mirrored", 2))

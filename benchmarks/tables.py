@@ -82,8 +82,11 @@ def large_outputs(results: Results) -> str:
     """Bytes over the merge device for growing outputs."""
     every = results["graph"]["bytes"]
     lines = [
-        (f"{a['tokens']} x {a['words']}", *(_mega(a[w]) for w in ("outputs", "weights", "crossing")),
-         _mega(b["crossing"]))
+        (
+            f"{a['tokens']} x {a['words']}",
+            *(_mega(a[w]) for w in ("outputs", "weights", "crossing")),
+            _mega(b["crossing"]),
+        )
         for a, b in zip(every["auto"], every["merged"], strict=True)
     ]
     heads = ("tokens x words", "outputs", "weights", "over the merge device", "with loss_on=merged")
@@ -103,8 +106,11 @@ def phases(results: Results) -> str:
 def steady(results: Results) -> str:
     """How memory grew."""
     lines = [
-        (_contender(f"{peer}-{1 if peer == 'bare' else 2}"), f"{growth(sizes['epochs']):+.1%}",
-         f"{growth(sizes['wraps']):+.1%}")
+        (
+            _contender(f"{peer}-{1 if peer == 'bare' else 2}"),
+            f"{growth(sizes['epochs']):+.1%}",
+            f"{growth(sizes['wraps']):+.1%}",
+        )
         for peer, sizes in results["steady"].items()
     ]
     return markdown(("", "epochs", "wrapping and training"), lines)
