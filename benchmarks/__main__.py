@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
         results["load"] = [before, _load()]
         results["machine"] = machine()
         results["command"] = "python -m benchmarks" + " --quick" * settings.quick
-        results["date"] = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+        results["date"] = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
         results["minutes"] = (time.perf_counter() - began) / 60
         path.write_text(json.dumps(results, indent=1) + "\n")
     if not settings.quick:
@@ -100,8 +100,7 @@ def _alone(module: str, *arguments: str) -> Any:
     """What a module prints as JSON, run in a process of its own."""
     process = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ},
         text=True,
         check=False,

@@ -6,14 +6,13 @@ import dataclasses
 import statistics
 from typing import Any
 
-from benchmarks.names import ABOUT
+from benchmarks.names import ABOUT, BESIDE_MIRRORED
 from parallel_keras.measuring.clock import Spread, ratios
 
 Results = dict[str, Any]
 
 TRAIN_BAR, PREDICT_BAR = 1.85, 1.9
 SPEED_UP_OF = ("cnn", "xception", "encoder")
-BESIDE_MIRRORED = ("tiny", "mlp", "cnn", "xception", "words", "embedding")
 CLEARLY_FASTER, CLEARLY_FASTER_ON = 1.5, 4
 OVERHEAD_BAR, START_BAR, MEMORY_BAR, TRACES_BAR, GROWTH_BAR = 1.03, 1.5, 0.4, 2, 0.02
 # Sparse gradients of the embedding and the batch itself grow with the tokens, a little.

@@ -10,6 +10,8 @@ ABOUT = {
     "embedding": "Embedding 200k x 64, batch 1024",
 }
 
+BESIDE_MIRRORED = ("tiny", "mlp", "cnn", "xception", "words", "embedding")
+
 SIDE_BY_SIDE = "towers, side by side"
 ALONE = "one tower alone"
 UPDATE = "weight update"

@@ -55,7 +55,7 @@ def sweep(events: Iterable[Event], towers: int) -> Counter[str]:
     edges = sorted(
         edge for start, end, kind in events for edge in ((start, 1, kind), (end, -1, kind))
     )
-    spent: Counter[str] = Counter({phase: 0.0 for phase in PHASES})
+    spent: Counter[str] = Counter(dict.fromkeys(PHASES, 0.0))
     running: Counter[str] = Counter()
     before = edges[0][0] if edges else 0.0
     for now, change, kind in edges:

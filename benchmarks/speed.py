@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from benchmarks.names import BESIDE_MIRRORED
 from benchmarks.settings import Settings
 from parallel_keras.measuring import rounds
 
@@ -24,8 +25,11 @@ def contenders(workload: str, settings: Settings) -> dict[str, dict[str, Any]]:
     Whoever has one device has one core, too.
     """
     core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    counts = settings.counts if workload in settings.scaled else (1, 2)
-    who = [("bare", 1), *(("ours", count) for count in counts), ("mirrored", 2)]
+    few = (2,) if settings.quick else (1, 2)
+    counts = settings.counts if workload in settings.scaled else few
+    who = [("bare", 1), *(("ours", count) for count in counts)]
+    if workload in BESIDE_MIRRORED:
+        who.append(("mirrored", 2))
     return {
         key(peer, devices): {
             "workload": workload,
@@ -46,5 +50,6 @@ def measure(workload: str, settings: Settings) -> dict[str, Any]:
         shares = {
             name: every[name].ask("profile", 5)["shares"]
             for name in (key("bare", 1), key("ours", 2), key("mirrored", 2))
+            if name in every
         }
     return {"train": train, "predict": predict, "phases": shares}

@@ -42,7 +42,8 @@ def main() -> None:
     """Prints the bytes held after each epoch and each cycle of wrapping."""
     peer, cycles = sys.argv[1], int(sys.argv[2])
     devices = prepare(2)
-    x, y = np.random.rand(1000, 64).astype("float32"), np.random.rand(1000, 10).astype("float32")
+    random = np.random.default_rng(0)
+    x, y = random.random((1000, 64), "float32"), random.random((1000, 10), "float32")
 
     def wrap(model: keras.Model) -> keras.Model:
         return pk.DataParallelModel(model, devices) if peer == "ours" else model

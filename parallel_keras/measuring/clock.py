@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ def differences(times: Sequence[float]) -> list[float]:
     >>> differences([1.0, 1.5, 3.5])
     [0.5, 2.0]
     """
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Starts workers and lets them take turns, so that all of them meet the same moods of the machine."""
+"""Starts workers and lets them take turns, so that all meet the same moods of the machine."""
 
 from __future__ import annotations
 
