@@ -117,6 +117,9 @@ def random_batch(model: keras.Model, rows: int, open_size: int) -> tuple[Any, An
 
     Returns:
         Inputs and targets, nested as the model's are.
+
+    Raises:
+        ValueError: If the model does not know the shape of its inputs.
     """
     random = np.random.default_rng(0)
 
@@ -129,7 +132,7 @@ def random_batch(model: keras.Model, rows: int, open_size: int) -> tuple[Any, An
             return random.integers(0, 2, shape(tensor)).astype(dtype)
         return random.normal(size=shape(tensor)).astype("float32")
 
-    x = keras.tree.map_structure(value, model.input)
+    x = keras.tree.map_structure(value, _inputs(model))
     outputs = model.compute_output_spec(keras.tree.map_structure(_symbol, x))
     if "sparse" in _name(model.loss):
         return x, keras.tree.map_structure(lambda out: np.zeros(shape(out)[:-1], "int32"), outputs)
@@ -146,6 +149,17 @@ def contender(subject: Subject, devices: Sequence[str]) -> Contender:
     x, y = random_batch(model, subject.batch_size, subject.open_size)
     wrapped = pk.DataParallelModel(model, list(devices)) if subject.wrapped else model
     return Contender(wrapped, x, y)
+
+
+def _inputs(model: keras.Model) -> Any:
+    if inputs := getattr(model, "inputs", None):
+        # A Sequential that nobody has called has `inputs`, but no `input`.
+        return inputs[0] if isinstance(model, keras.Sequential) else model.input
+    raise ValueError(
+        "Expected a Functional or Sequential model that knows the shape of its inputs. "
+        f"Received: model={model.name!r} (of type {type(model).__name__}). "
+        "Call it on keras.Input(...) and save keras.Model(inputs, outputs) instead."
+    )
 
 
 def _symbol(array: Any) -> keras.KerasTensor:

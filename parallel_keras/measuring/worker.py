@@ -107,7 +107,9 @@ class Contender:
         return differences(ends)
 
     def _fit(self, steps: int, clock: StepClock) -> None:
-        self.model.fit(self._training, steps_per_epoch=steps, verbose=0, callbacks=[clock])
+        self.model.fit(
+            self._training, steps_per_epoch=steps, shuffle=False, verbose=0, callbacks=[clock]
+        )
 
 
 def memory() -> Answer:
