@@ -153,29 +153,42 @@ SECTIONS = {
     "cost-model-batches": lambda _: cost_model.by_batch(),
     "cost-model-workers": lambda _: cost_model.by_workers(),
 }
-DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/scaling.md")
+PLOTS = {
+    "speed-up": "Times as fast as the bare model on one core, for each number of towers",
+    "first-step": "Time to the first training step",
+    "memory": "Peak memory",
+    "phases": "Share of each phase",
+}
+# Each document and where, seen from it, the plots are.
+DOCUMENTS = {
+    "README.md": "docs/plots",
+    "benchmarks/README.md": "../docs/plots",
+    "docs/scaling.md": "plots",
+}
 
 
-def fill(document: str, results: Results) -> str:
+def fill(document: str, results: Results, plots: str) -> str:
     """The document with every generated part made anew.
 
-    A part stands between `<!-- bench:NAME -->` and `<!-- /bench -->`.
+    A part stands between `<!-- bench:NAME -->` and `<!-- /bench -->`, where the name is one of
+    `SECTIONS`, or `plot-` and one of `PLOTS`.
     """
     pieces = document.split("<!-- bench:")
     done = [pieces[0]]
     for piece in pieces[1:]:
         name, _, rest = piece.partition(" -->")
         _, _, after = rest.partition("<!-- /bench -->")
-        body = SECTIONS[name](results)
+        plot = name.removeprefix("plot-")
+        body = f"![{PLOTS[plot]}]({plots}/{plot}.svg)" if plot != name else SECTIONS[name](results)
         done.append(f"<!-- bench:{name} -->\n\n{body}\n\n<!-- /bench -->{after}")
     return "".join(done)
 
 
 def fill_documents(root: Path, results: Results) -> None:
     """Makes the generated parts of all documents anew."""
-    for name in DOCUMENTS:
+    for name, plots in DOCUMENTS.items():
         path = root / name
-        path.write_text(fill(path.read_text(), results))
+        path.write_text(fill(path.read_text(), results, plots))
 
 
 def _contender(name: str) -> str:

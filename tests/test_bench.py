@@ -308,13 +308,15 @@ def test_what_was_not_measured_has_no_verdict() -> None:
 
 
 def test_documents_are_filled_again_and_again(results: dict[str, Any]) -> None:
+    names = [*tables.SECTIONS, *(f"plot-{name}" for name in tables.PLOTS)]
     document = "".join(
-        f"before\n<!-- bench:{name} -->\nold\n<!-- /bench -->\nafter\n" for name in tables.SECTIONS
+        f"before\n<!-- bench:{name} -->\nold\n<!-- /bench -->\nafter\n" for name in names
     )
-    once = tables.fill(document, results)
+    once = tables.fill(document, results, "here")
     assert "old" not in once
-    assert once.count("before\n") == once.count("after\n") == len(tables.SECTIONS)
-    assert tables.fill(once, results) == once
+    assert "](here/memory.svg)" in once
+    assert once.count("before\n") == once.count("after\n") == len(names)
+    assert tables.fill(once, results, "here") == once
 
 
 def test_the_documents_name_parts_that_exist() -> None:
@@ -323,16 +325,14 @@ def test_the_documents_name_parts_that_exist() -> None:
         text = (root / name).read_text()
         names = [piece.partition(" -->")[0] for piece in text.split("<!-- bench:")[1:]]
         assert names
-        assert set(names) <= set(tables.SECTIONS)
+        assert set(names) <= {*tables.SECTIONS, *(f"plot-{plot}" for plot in tables.PLOTS)}
         assert text.count("<!-- /bench -->") == len(names)
 
 
 def test_plots_are_drawn(results: dict[str, Any], tmp_path: Path) -> None:
     plots = pytest.importorskip("benchmarks.plots", reason="matplotlib draws")
     written = plots.draw(results, tmp_path)
-    assert {path.name for path in written} == {
-        *("speed-up.svg", "first-step.svg", "memory.svg", "phases.svg")
-    }
+    assert {path.stem for path in written} == set(tables.PLOTS)
     before = [path.read_bytes() for path in written]
     assert [path.read_bytes() for path in plots.draw(results, tmp_path)] == before
 
