@@ -19,10 +19,10 @@ PRIVATE := $(PRIVATE)|(get|set|has|del)attr\([^,()]+, *["']_[a-z]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-ray check lint types doctest docs private format clean
+.PHONY: help demo test test-oldest test-ray bench bench-quick bench-render check lint types doctest docs private format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.extra-demo ## Train on digits on one device and on all; writes digits.keras, demo.png
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m parallel_keras demo
@@ -35,6 +35,15 @@ test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, Tenso
 
 test-ray: $(RAY)/.installed ## Run the test with Ray Train, with two workers on this machine
 	$(RAY)/bin/python -m pytest tests/test_ray.py
+
+bench: $(VENV)/.extra-bench ## Measure everything beside its peers (half an hour, quiet machine)
+	$(BIN)/python -m benchmarks
+
+bench-quick: $(VENV)/.extra-bench ## Measure less, in under 3 minutes; documents stay as they are
+	$(BIN)/python -m benchmarks --quick
+
+bench-render: $(VENV)/.extra-bench ## Make plots and tables of benchmarks/results.json anew
+	$(BIN)/python -m benchmarks --render
 
 check: lint private types doctest docs ## Everything but the tests: style, types, examples, docs
 

@@ -1,0 +1,178 @@
+"""What was measured, held against what is to be reached."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import Any
+
+from benchmarks.names import ABOUT, BESIDE_MIRRORED
+from parallel_keras.measuring.clock import Spread, ratios
+
+Results = dict[str, Any]
+
+TRAIN_BAR, PREDICT_BAR = 1.85, 1.9
+SPEED_UP_OF = ("cnn", "xception", "encoder")
+CLEARLY_FASTER, CLEARLY_FASTER_ON = 1.5, 4
+OVERHEAD_BAR, START_BAR, MEMORY_BAR, TRACES_BAR, GROWTH_BAR = 1.03, 1.5, 0.4, 2, 0.02
+# Sparse gradients of the embedding and the batch itself grow with the tokens, a little.
+PER_OUTPUT_BYTE_BAR = 0.05
+WARM_UP = 10  # epochs or cycles before memory must stay
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        measure: What was measured.
+        figure: The figures, as text.
+        bar: What is to be reached, as text.
+        passed: Whether it was; `None` if it was not measured or is not judged.
+    """
+
+    measure: str
+    figure: str
+    bar: str
+    passed: bool | None
+
+    @property
+    def verdict(self) -> str:
+        """`pass` or `short`; a dash if nothing was to be reached or measured."""
+        return {True: "pass", False: "short", None: "-"}[self.passed]
+
+
+def rows(results: Results) -> list[Row]:
+    """The rows of the table; what was not measured has no verdict."""
+    return [
+        *(_speed_up(results, "train", name, TRAIN_BAR) for name in SPEED_UP_OF),
+        _speed_up(results, "train", "words", None),
+        *(_speed_up(results, "predict", name, PREDICT_BAR) for name in SPEED_UP_OF),
+        _speed_up(results, "predict", "words", None),
+        *(_beside_mirrored(results, name) for name in BESIDE_MIRRORED),
+        _clearly_faster(results),
+        _overhead(results),
+        _start(results, "first", "Time to the first training step of Xception, 8 towers beside 1"),
+        _start(results, "memory", "Peak memory of Xception, 8 towers beside MirroredStrategy"),
+        _large_outputs(results),
+        _traces(results),
+        _growth(results, "epochs", "Memory after more epochs of fit, evaluate and predict"),
+        _growth(results, "wraps", "Memory after more cycles of wrapping and training"),
+    ]
+
+
+def speed_up(results: Results, workload: str, command: str, towers: int) -> Spread | None:
+    """How many times faster than the bare model on one core, `None` if not measured."""
+    measured = results["speed"].get(workload, {}).get(command, {})
+    ours, bare = measured.get(f"ours-{towers}"), measured.get("bare-1")
+    return ratios(bare["seconds"], ours["seconds"]) if ours and bare else None
+
+
+def beside_mirrored(results: Results, workload: str) -> Spread | None:
+    """How many times faster than MirroredStrategy on two devices, `None` if not measured."""
+    measured = results["speed"].get(workload, {}).get("train", {})
+    if "mirrored-2" not in measured:
+        return None
+    return ratios(measured["mirrored-2"]["seconds"], measured["ours-2"]["seconds"])
+
+
+def growth(sizes: list[int]) -> float:
+    """By how much memory grew after the warm-up, relative.
+
+    Medians of ten at either end: single sizes jump by what the allocator happens to hold.
+    """
+    before = statistics.median(sizes[WARM_UP : WARM_UP + 10])
+    return statistics.median(sizes[-10:]) / before - 1
+
+
+def text(spread: Spread) -> str:
+    """A median with its quartiles."""
+    return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
+
+
+def _not_measured(measure: str, bar: str) -> Row:
+    return Row(measure, "not measured", bar, None)
+
+
+def _speed_up(results: Results, command: str, workload: str, bar: float | None) -> Row:
+    verb = "Training" if command == "train" else "Predicting"
+    measure = f"{verb}, 2 towers over the bare model on one core: {ABOUT[workload]}"
+    wanted = "" if bar is None else f">= {bar}"
+    spread = speed_up(results, workload, command, 2)
+    if spread is None:
+        return _not_measured(measure, wanted)
+    return Row(measure, text(spread), wanted, None if bar is None else spread.median >= bar)
+
+
+def _beside_mirrored(results: Results, workload: str) -> Row:
+    measure = f"Training beside MirroredStrategy on 2 devices: {ABOUT[workload]}"
+    spread = beside_mirrored(results, workload)
+    if spread is None:
+        return _not_measured(measure, ">= 1")
+    return Row(measure, text(spread), ">= 1", spread.median >= 1)
+
+
+def _clearly_faster(results: Results) -> Row:
+    measure = f"Of these, at least {CLEARLY_FASTER} times as fast"
+    bar = f"{CLEARLY_FASTER_ON} of {len(BESIDE_MIRRORED)}"
+    spreads = [beside_mirrored(results, name) for name in BESIDE_MIRRORED]
+    found = [spread for spread in spreads if spread]
+    count = sum(spread.median >= CLEARLY_FASTER for spread in found)
+    if len(found) < len(spreads):
+        return Row(measure, f"{count} of {len(found)} measured", bar, None)
+    return Row(measure, f"{count} of {len(found)}", bar, count >= CLEARLY_FASTER_ON)
+
+
+def _overhead(results: Results) -> Row:
+    measure = f"Step of the wrapper on one device beside the bare model: {ABOUT['tiny']}"
+    bar = f"<= {OVERHEAD_BAR}"
+    if not results.get("overhead"):
+        return _not_measured(measure, bar)
+    spread = ratios(results["overhead"]["ours"], results["overhead"]["bare"])
+    figure = f"{spread.median:.3f} ({spread.low:.3f}-{spread.high:.3f})"
+    return Row(measure, figure, bar, spread.median <= OVERHEAD_BAR)
+
+
+def _start(results: Results, what: str, measure: str) -> Row:
+    bar, base = (START_BAR, "bare-1") if what == "first" else (MEMORY_BAR, "mirrored-8")
+    start = results.get("start") or {}
+    if not {"ours-8", base} <= set(start):
+        return _not_measured(measure, f"<= {bar}")
+    spread = ratios(start["ours-8"][what], start[base][what])
+    return Row(measure, text(spread), f"<= {bar}", spread.median <= bar)
+
+
+def _large_outputs(results: Results) -> Row:
+    measure = "Bytes over the merge device, from the traced graph, for each further byte of outputs"
+    bar = f"<= {PER_OUTPUT_BYTE_BAR}, weights twice a tower at most"
+    if not results.get("graph"):
+        return _not_measured(measure, bar)
+    every = results["graph"]["bytes"]["auto"]
+    most = max(size["words"] for size in every)
+    least, *_, largest = sorted(
+        (size for size in every if size["words"] == most), key=lambda size: size["tokens"]
+    )
+    per_byte = (largest["crossing"] - least["crossing"]) / (largest["outputs"] - least["outputs"])
+    towers = results["graph"]["towers"]
+    bounded = all(
+        size["crossing"] <= 2 * towers * size["weights"] + size["batch"] for size in every
+    )
+    return Row(measure, f"{per_byte:.3f}", bar, bounded and per_byte <= PER_OUTPUT_BYTE_BAR)
+
+
+def _traces(results: Results) -> Row:
+    measure = "Traces in one fit with a smaller last batch: train step, template"
+    if not results.get("graph"):
+        return _not_measured(measure, f"<= {TRACES_BAR}")
+    step, template = (results["graph"]["traces"][name] for name in ("step", "template"))
+    passed = max(step, template) <= TRACES_BAR
+    return Row(measure, f"{step}, {template}", f"<= {TRACES_BAR}", passed)
+
+
+def _growth(results: Results, what: str, measure: str) -> Row:
+    bar = f"<= +{GROWTH_BAR:.0%}"
+    steady = results.get("steady") or {}
+    if not steady:
+        return _not_measured(measure, bar)
+    ours, bare = (growth(steady[peer][what]) for peer in ("ours", "bare"))
+    return Row(measure, f"{ours:+.1%} (bare model: {bare:+.1%})", bar, ours <= GROWTH_BAR)

@@ -1,0 +1,32 @@
+"""The ways of training one model that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import keras
+import tensorflow as tf
+
+import parallel_keras as pk
+
+Make = Callable[[], keras.Model]
+
+
+def bare(make: Make, devices: Sequence[str]) -> keras.Model:
+    """The model itself, on the first device."""
+    del devices
+    return make()
+
+
+def ours(make: Make, devices: Sequence[str]) -> keras.Model:
+    """The model in a `DataParallelModel`."""
+    return pk.DataParallelModel(make(), list(devices))
+
+
+def mirrored(make: Make, devices: Sequence[str]) -> keras.Model:
+    """The model under `tf.distribute.MirroredStrategy`, as its guide shows."""
+    with tf.distribute.MirroredStrategy(list(devices)).scope():
+        return make()
+
+
+PEERS = {"bare": bare, "ours": ours, "mirrored": mirrored}
