@@ -62,7 +62,7 @@ class Feed:
         self, arguments: dict[str, Any], steps: int | None, argument: str, *, shuffle: bool
     ) -> None:
         data = tuple(arguments.pop(name, None) for name in ("x", "y", "sample_weight"))
-        self._batch_size = arguments.pop("batch_size", None) or _BATCH_SIZE
+        self._batch_size: int = arguments.pop("batch_size", None) or _BATCH_SIZE
         dataset = _dataset(data, self._batch_size, shuffle=shuffle)
         if steps is None:
             steps = int(dataset.cardinality())
@@ -108,7 +108,7 @@ def _and_empty(dataset: tf.data.Dataset, count: int | None) -> tf.data.Dataset:
 
     def relaxed(spec: Any) -> Any:
         if not isinstance(spec, tf.TensorSpec):
-            raise ValueError(
+            raise TypeError(
                 "Expected dense tensors where each worker feeds its own rows. "
                 f"Received: a dataset with {spec}. Feed the same batches on all workers."
             )

@@ -7,12 +7,12 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from parallel_keras import _compat, cluster, exchange, faults, merge
+from parallel_keras import _compat, cluster, exchange, faults
 from parallel_keras.exchange import Slots
-from parallel_keras.feeding import check_dense, check_marks, fill, mark
+from parallel_keras.feeding import check_dense, fill, mark
+from parallel_keras.joining import Columns, join, tensors, with_tensors
 from parallel_keras.shard import Shards, shard
 
 # Seconds after which a worker that waits for another one gives up.
@@ -22,47 +22,6 @@ TIMEOUT = 60.0
 # different things wait for each other until the timeout instead of adding up what differs.
 _FIRST_GROUP = 7_600_000
 KINDS = ("start", "sizes", "rows", "batch", "train", "test", "call", "gradients", "towers")
-
-# What a tower returns that has a row for each of its own.
-_OF_ROWS = ("outputs", "masks", "logits")
-
-Columns = list[list[Any]]
-
-
-class Alone:
-    """Stands for the workers where there is only this one: changes and costs nothing."""
-
-    index, size, first, chief, own, timeout = 0, 1, 0, True, False, 300.0
-
-    def __init__(self, towers: int) -> None:
-        self.towers = towers
-
-    def cut(self, batch: Any, whole: Collection[str], *, own: bool) -> Shards:
-        """Shards a batch; see `Workers.cut`."""
-        del own
-        return shard(batch, self.towers, whole)
-
-    def join(self, results: list[dict[str, Any]], kind: str, shards: Shards) -> Any:
-        """The results of all towers; see `Workers.join`."""
-        del kind, shards
-        return results
-
-    def add_up(self, columns: Columns) -> Columns:
-        """Gradients of all towers; see `Workers.add_up`."""
-        return columns
-
-    def shared(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Weights whose gradients are summed; see `Workers.shared`."""
-        return values
-
-    def whole_batch(self, data: Any) -> Any:
-        """The batch of all workers; see `Workers.whole_batch`."""
-        return data
-
-    def own_rows(self, outputs: Any, data: Any) -> Any:
-        """The rows of this worker; see `Workers.own_rows`."""
-        del data
-        return outputs
 
 
 class Workers:
@@ -81,6 +40,7 @@ class Workers:
         index: Int, the number of this worker. Number 0 is the chief.
         size: Int, the number of workers.
         first: Int, the number of this worker's first tower among those of all.
+        here: Int, the number of towers of this worker.
         towers: Int, the number of towers of all workers.
         traffic: Dict from the kind of message to the bytes that this worker sends for
             one of them, those of which the size is known while tracing.
@@ -98,7 +58,7 @@ class Workers:
         self.traffic: dict[str, int] = {}
         self.task = f"/job:{self.cluster.own.job}/replica:0/task:{self.cluster.own.index}"
         self.device = f"{self.task}/device:CPU:0"
-        self.first, self.towers, self._here = self.index, self.size, 1
+        self.first, self.towers, self.here = self.index, self.size, 1
         with tf.init_scope(), tf.device(self.device):
             self._token = tf.Variable(0.0, trainable=False, name="workers_token")
 
@@ -109,7 +69,7 @@ class Workers:
             towers: Int.
         """
         counts = [int(count) for (count,) in self.gather([tf.constant(towers)], "start")]
-        self.first, self.towers, self._here = sum(counts[: self.index]), sum(counts), towers
+        self.first, self.towers, self.here = sum(counts[: self.index]), sum(counts), towers
 
     def cut(self, batch: Any, whole: Collection[str], *, own: bool) -> Shards:
         """Shards a batch: the parts of this worker, the rows of all.
@@ -124,11 +84,11 @@ class Workers:
             for each tower of all workers.
         """
         if not (own and self.own):
-            here = range(self.first, self.first + self._here)
+            here = range(self.first, self.first + self.here)
             shards = shard(batch, self.towers, whole, here)
             return shards._replace(mark=mark(batch))
         filled, some = fill(batch)
-        shards = shard(filled, self._here, whole, range(self._here))
+        shards = shard(filled, self.here, whole, range(self.here))
         counted = [[tf.convert_to_tensor(rows) * some] for rows in shards.rows]
         _, everyone, _ = self.exchange("rows", fixed=counted)
         rows = [count for (count,) in everyone]
@@ -140,54 +100,8 @@ class Workers:
             return Shards(shards.parts, rows, tf.identity(total))
 
     def join(self, results: list[dict[str, Any]], kind: str, shards: Shards) -> Any:
-        """From the results of the towers of this worker to those of all, in one message.
-
-        Args:
-            results: For each tower here a dict. What the towers' `"gradients"` are is
-                added up: the first tower of the result has the sum.
-            kind: One of `KINDS`.
-            shards: What the towers were given.
-
-        Returns:
-            For each tower of all workers a dict; those of this worker are untouched but
-            for gradients.
-        """
-        columns = [
-            list(column) for column in zip(*[r.get("gradients", ()) for r in results], strict=True)
-        ]
-        dense, sparse = _kinds_of_gradients(columns)
-        same = [{k: r[k] for k in r if k not in ("gradients", *_OF_ROWS)} for r in results]
-        free = [
-            {
-                "outputs": [result.get(kind) for kind in _OF_ROWS],
-                "sparse": [columns[index][tower] for index in sparse],
-            }
-            for tower, result in enumerate(results)
-        ]
-        if shards.mark is not None:
-            same = [{**result, "mark": shards.mark} for result in same]
-        if self.own and shards.rows and shards.mark is None:
-            some = tf.add_n(shards.rows[self.first : self.first + self._here]) > 0
-            dense = {index: _only(value, some) for index, value in dense.items()}
-            same = [_only_losses(result, some) for result in same]
-        sums, fixed, varied = self.exchange(
-            kind, list(dense.values()), [_tensors(s) for s in same], [_tensors(f) for f in free]
-        )
-        joined = []
-        for tower, (one, other) in enumerate(zip(fixed, varied, strict=True)):
-            local = tower - self.first
-            here = 0 <= local < self._here
-            result = _with(same[local if here else 0], one)
-            outputs = free[local] if here else _with(free[0], other)
-            gradients = [None] * len(columns)
-            for position, index in enumerate(sparse):
-                gradients[index] = outputs["sparse"][position]
-            result.update(zip(_OF_ROWS, outputs["outputs"], strict=True))
-            joined.append({**result, "gradients": gradients})
-        for index, value in zip(dense, sums, strict=True):
-            joined[0]["gradients"][index] = value
-        check_marks([result.pop("mark", None) for result in joined], self)
-        return joined
+        """From the results of the towers here to those of all; see `joining.join`."""
+        return join(self, results, kind, shards)
 
     def add_up(self, columns: Columns) -> Columns:
         """Adds gradients up over all towers of all workers.
@@ -244,18 +158,18 @@ class Workers:
         if not self.own:
             return data
         check_dense(data)
-        leaves = [tf.convert_to_tensor(leaf) for leaf in _tensors(data)]
+        leaves = [tf.convert_to_tensor(leaf) for leaf in tensors(data)]
         workers = self.gather(leaves, "batch")
         wholes = [tf.concat(list(column), axis=0) for column in zip(*workers, strict=True)]
         for whole, leaf in zip(wholes, leaves, strict=True):
             whole.set_shape([None, *leaf.shape[1:]])
-        return _with(data, wholes)
+        return with_tensors(data, wholes)
 
     def own_rows(self, outputs: Any, data: Any) -> Any:
         """Takes this worker's rows out of those of all; the inverse of `whole_batch`."""
         if not self.own:
             return outputs
-        count = tf.shape(_tensors(data)[0])[0]
+        count = tf.shape(tensors(data)[0])[0]
         counts = [rows for (rows,) in self.gather([count], "rows")]
         start = tf.add_n([tf.zeros_like(count), *counts[: self.index]])
         return tf.nest.map_structure(lambda leaf: leaf[start : start + count], outputs)
@@ -369,63 +283,3 @@ def connect(strategy: Any, *, own: bool) -> Workers | None:
     """
     jobs = {} if strategy is None else strategy.cluster_resolver.cluster_spec().as_dict()
     return Workers(strategy, own=own) if sum(map(len, jobs.values())) > 1 else None
-
-
-def _kinds_of_gradients(columns: Columns) -> tuple[dict[int, tf.Tensor], list[int]]:
-    """The sums of dense gradients by the number of the weight; the numbers of sparse ones."""
-    present = {
-        index: column
-        for index, column in enumerate(columns)
-        if any(value is not None for value in column)
-    }
-    sparse = [
-        index
-        for index, column in present.items()
-        if all(isinstance(value, tf.IndexedSlices) for value in column)
-    ]
-    dense = {
-        index: tf.convert_to_tensor(merge.total(column))
-        for index, column in present.items()
-        if index not in sparse
-    }
-    return dense, sparse
-
-
-def _tensors(nest: Any) -> list[tf.Tensor]:
-    return [leaf for leaf in tf.nest.flatten(nest, expand_composites=True) if _travels(leaf)]
-
-
-def _travels(leaf: Any) -> bool:
-    return tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)
-
-
-def _with(nest: Any, tensors: Sequence[tf.Tensor]) -> Any:
-    """The nest with other tensors, in the order of `_tensors`."""
-    others = iter(tensors)
-    flat = [
-        next(others) if _travels(leaf) else leaf
-        for leaf in tf.nest.flatten(nest, expand_composites=True)
-    ]
-    return tf.nest.pack_sequence_as(
-        tf.nest.map_structure(_of_any_rows, nest), flat, expand_composites=True
-    )
-
-
-def _of_any_rows(leaf: Any) -> Any:
-    """What a ragged or sparse tensor is made by, without the number of its rows."""
-    if isinstance(leaf, tf.RaggedTensor):
-        shape = [None, *leaf.shape[1:]]
-        return tf.RaggedTensorSpec(shape, leaf.dtype, leaf.ragged_rank, leaf.row_splits.dtype)
-    if isinstance(leaf, tf.SparseTensor):
-        return tf.SparseTensorSpec([None, *leaf.shape[1:]], leaf.dtype)
-    return leaf
-
-
-def _only(value: Any, some: tf.Tensor) -> Any:
-    """Zeros instead of the floats of a worker that has no rows: theirs may be NaN."""
-    return tf.where(some, value, tf.zeros_like(value)) if value.dtype.is_floating else value
-
-
-def _only_losses(result: dict[str, Any], some: tf.Tensor) -> dict[str, Any]:
-    losses = {key: result[key] for key in ("loss", "losses") if key in result}
-    return {**result, **tf.nest.map_structure(lambda value: _only(value, some), losses)}

@@ -10,9 +10,10 @@ import tensorflow as tf
 
 from parallel_keras import exchange, faults, feeding, shard
 from parallel_keras.agreement import check_same
+from parallel_keras.alone import Alone
 from parallel_keras.cluster import read, write
 from parallel_keras.own_rows import Feed
-from parallel_keras.workers import Alone, Workers
+from parallel_keras.workers import Workers
 
 ADDRESSES = ["127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:4"]
 WAIT = 20.0
@@ -24,7 +25,7 @@ class Thread(Workers):
     def __init__(self, index: int, size: int, board: "Board") -> None:
         self.cluster = read(write(ADDRESSES[:size], index))
         self.index, self.size, self.chief, self.own = index, size, index == 0, True
-        self.first, self.towers, self._here = index, size, 1
+        self.first, self.towers, self.here = index, size, 1
         self.timeout, self.device, self.traffic = WAIT, "/device:CPU:0", {}
         self._board = board
 
@@ -54,7 +55,7 @@ def together(size: int, do: Callable[[Workers], Any]) -> list[Any]:
     def run(index: int) -> None:
         try:
             results[index] = do(Thread(index, size, board))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the test judges it)
             results[index] = error
 
     threads = [threading.Thread(target=run, args=[index], daemon=True) for index in range(size)]
@@ -92,7 +93,7 @@ def test_every_type_survives_the_message(dtype: str) -> None:
 
 
 def test_strings_are_refused() -> None:
-    with pytest.raises(ValueError, match="Expected numbers where workers exchange.*dtype=string"):
+    with pytest.raises(ValueError, match=r"Expected numbers where workers exchange.*dtype=string"):
         exchange.encode(tf.constant(["a"]))
 
 
@@ -169,10 +170,10 @@ def test_marks_tell_batches_apart() -> None:
     feeding.check_marks([same, feeding.mark({"x": x * (1 + 1e-6)})], worker)
     feeding.check_marks([None, None], worker)
     for wrong in (other, feeding.mark({"x": x[:7]}), feeding.mark({"x": x + 1})):
-        with pytest.raises(tf.errors.InvalidArgumentError, match="were fed different batches"):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"were fed different batches"):
             feeding.check_marks([same, wrong], worker)
     words = [feeding.mark(tf.constant([[word]])) for word in ("a", "b")]
-    with pytest.raises(tf.errors.InvalidArgumentError, match="were fed different batches"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"were fed different batches"):
         feeding.check_marks(words, worker)
 
 
@@ -184,7 +185,7 @@ def test_a_batch_of_no_rows_gets_one() -> None:
 
 
 def test_ragged_rows_of_one_worker_are_refused() -> None:
-    with pytest.raises(ValueError, match="Expected dense numbers.*RaggedTensor of dtype=int32"):
+    with pytest.raises(ValueError, match=r"Expected dense numbers.*RaggedTensor of dtype=int32"):
         feeding.check_dense({"x": tf.ragged.constant([[1], []])})
 
 
@@ -216,12 +217,12 @@ def test_own_rows_need_a_number_of_steps() -> None:
 
 def test_what_own_rows_cannot_be() -> None:
     feed = Feed(Thread(0, 1, Board(1)))
-    with pytest.raises(ValueError, match="Expected no `validation_split`"):
+    with pytest.raises(ValueError, match=r"Expected no `validation_split`"):
         feed.training({"x": np.zeros((4, 2)), "validation_split": 0.5})
-    with pytest.raises(ValueError, match="Expected arrays or a tf.data.Dataset.*type generator"):
+    with pytest.raises(ValueError, match=r"Expected arrays or a tf.data.Dataset.*type generator"):
         feed.evaluation({"x": (row for row in ())})
     ragged = tf.data.Dataset.from_tensors(tf.ragged.constant([[1], []]))
-    with pytest.raises(ValueError, match="Expected dense tensors.*RaggedTensorSpec"):
+    with pytest.raises(TypeError, match=r"Expected dense tensors.*RaggedTensorSpec"):
         feed.evaluation({"x": ragged, "steps": 1})
 
 
@@ -235,7 +236,7 @@ def test_errors_of_the_connection_name_the_worker() -> None:
     other = tf.errors.InternalError(None, None, "something else")
     assert faults.named(other, cluster, 5) is None
     worker = Thread(0, 2, Board(1))
-    with pytest.raises(ConnectionError, match="Training cannot go on"), worker.naming_faults():
+    with pytest.raises(ConnectionError, match=r"Training cannot go on"), worker.naming_faults():
         raise silent
-    with pytest.raises(tf.errors.InternalError, match="something else"), worker.naming_faults():
+    with pytest.raises(tf.errors.InternalError, match=r"something else"), worker.naming_faults():
         raise other

@@ -1,0 +1,47 @@
+"""What stands for the workers where there is only this one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import tensorflow as tf
+
+from parallel_keras.joining import Columns
+from parallel_keras.shard import Shards, shard
+
+
+class Alone:
+    """Stands for the workers where there is only this one: changes and costs nothing."""
+
+    index, size, first, chief, own, timeout = 0, 1, 0, True, False, 300.0
+
+    def __init__(self, towers: int) -> None:
+        self.towers = towers
+
+    def cut(self, batch: Any, whole: Collection[str], *, own: bool) -> Shards:
+        """Shards a batch; see `Workers.cut`."""
+        del own
+        return shard(batch, self.towers, whole)
+
+    def join(self, results: list[dict[str, Any]], kind: str, shards: Shards) -> Any:
+        """The results of all towers; see `Workers.join`."""
+        del kind, shards
+        return results
+
+    def add_up(self, columns: Columns) -> Columns:
+        """Gradients of all towers; see `Workers.add_up`."""
+        return columns
+
+    def shared(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Weights whose gradients are summed; see `Workers.shared`."""
+        return values
+
+    def whole_batch(self, data: Any) -> Any:
+        """The batch of all workers; see `Workers.whole_batch`."""
+        return data
+
+    def own_rows(self, outputs: Any, data: Any) -> Any:
+        """The rows of this worker; see `Workers.own_rows`."""
+        del data
+        return outputs
