@@ -21,7 +21,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import parallel_keras as pk
-from parallel_keras import cluster
+from parallel_keras.workers import cluster
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("units", ["64", "512", "2048"], "Widths of the dense net that is trained.")

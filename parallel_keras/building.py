@@ -32,7 +32,7 @@ def symbol(leaf: Any) -> Any:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return leaf
     sparse = isinstance(leaf, (tf.SparseTensor, tf.SparseTensorSpec))
-    dtype = keras.backend.standardize_dtype(leaf.dtype)
+    dtype = keras.backend.standardize_dtype(getattr(leaf.dtype, "name", leaf.dtype))
     return keras.KerasTensor(tuple(leaf.shape), dtype, sparse=sparse)
 
 

@@ -15,7 +15,7 @@ from parallel_keras import _compat
 from parallel_keras.atomic import written_whole
 from parallel_keras.devices import resolve
 from parallel_keras.old_weights import load_multi_gpu_weights
-from parallel_keras.workers import Workers
+from parallel_keras.workers.connection import Workers
 
 __all__ = ["TemplateFiles", "load_multi_gpu_weights"]
 

@@ -8,6 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from parallel_keras.building import symbol
+
 
 def first_batch(data: Any) -> tuple[Any, Any]:
     """The inputs of the first batch, and the data to go on with.
@@ -58,9 +60,5 @@ def _rank(leaf: Any) -> int:
 
 
 def _symbol(leaf: Any) -> keras.KerasTensor:
-    dtype = keras.backend.standardize_dtype(getattr(leaf.dtype, "name", leaf.dtype))
-    return keras.KerasTensor(
-        (None, *leaf.shape[1:]),
-        dtype,
-        sparse=isinstance(leaf, (tf.SparseTensor, tf.SparseTensorSpec)),
-    )
+    whole = symbol(leaf)
+    return keras.KerasTensor((None, *whole.shape[1:]), whole.dtype, sparse=whole.sparse)

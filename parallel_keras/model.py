@@ -10,7 +10,6 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, checks
-from parallel_keras.agreement import agree_on_state, check_same, facts_of
 from parallel_keras.answers import TemplateAnswers
 from parallel_keras.building import symbol
 from parallel_keras.devices import Devices, resolve
@@ -22,8 +21,9 @@ from parallel_keras.shard import is_empty
 from parallel_keras.steps import ParallelSteps
 from parallel_keras.template_steps import LEARNING, TemplateSteps, overrides
 from parallel_keras.towers import Towers, as_call
-from parallel_keras.worker_loops import WorkerLoops
-from parallel_keras.workers import connect
+from parallel_keras.workers.agreement import agree_on_state, check_same, facts_of
+from parallel_keras.workers.connection import connect
+from parallel_keras.workers.loops import WorkerLoops
 
 
 @keras.saving.register_keras_serializable(package="parallel_keras")

@@ -10,13 +10,13 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.alone import Alone
 from parallel_keras.devices import check_one_job
 from parallel_keras.passes import Pass
 from parallel_keras.scope import Peers, TowerScope, depends_on, peer_keys, talking_to
 from parallel_keras.shard import Shards
 from parallel_keras.state import StateRules, Updates
-from parallel_keras.workers import Workers
+from parallel_keras.workers.alone import Alone
+from parallel_keras.workers.connection import Workers
 
 # One call of the template: its "args", its "kwargs", and the "masks" of its args.
 Call = dict[str, Any]

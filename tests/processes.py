@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel_keras import cluster
+from parallel_keras.workers import cluster
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from parallel_keras import cluster
+from parallel_keras.workers import cluster
 
 TWO = ["10.0.0.1:2222", "10.0.0.2:2222"]
 

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-from parallel_keras.random_batch import random_batch
+from parallel_keras.explaining.random_batch import random_batch
 from tests.parity import mlp
 
 ENVIRONMENT = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}

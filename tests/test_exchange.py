@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from parallel_keras import exchange, faults, feeding, shard
-from parallel_keras.agreement import check_same
-from parallel_keras.alone import Alone
-from parallel_keras.cluster import read, write
-from parallel_keras.own_rows import Feed
-from parallel_keras.workers import Workers
+from parallel_keras import shard
+from parallel_keras.workers import exchange, faults, feeding
+from parallel_keras.workers.agreement import check_same
+from parallel_keras.workers.alone import Alone
+from parallel_keras.workers.cluster import read, write
+from parallel_keras.workers.connection import Workers
+from parallel_keras.workers.own_rows import Feed
 
 ADDRESSES = ["127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:4"]
 WAIT = 20.0

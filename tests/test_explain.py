@@ -17,10 +17,10 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras.explanation import Explanation
-from parallel_keras.step_times import TowerTimes
-from parallel_keras.timeline import lanes
-from parallel_keras.verdict import judge
+from parallel_keras.explaining.explanation import Explanation
+from parallel_keras.explaining.step_times import TowerTimes
+from parallel_keras.explaining.timeline import lanes
+from parallel_keras.explaining.verdict import judge
 from tests.parity import mlp, rows
 
 CPUS = ("/device:CPU:0", "/device:CPU:1")

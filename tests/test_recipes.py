@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from parallel_keras import cluster
+from parallel_keras.workers import cluster
 
 PAGE = Path(__file__).parent.parent / "docs" / "multi-machine.md"
 

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from parallel_keras import cluster
-from parallel_keras.roll_call import call_roll, check_workers
+from parallel_keras.workers import cluster
+from parallel_keras.workers.roll_call import call_roll, check_workers
 
 
 def addresses(count: int) -> list[str]:

@@ -1,6 +1,6 @@
 """What the other workers do when one of them is gone, stuck, cut off or different.
 
-docs/faults.md names the test of each row of its table.
+docs/multi-machine.md names the test of each row of its table.
 """
 
 import os

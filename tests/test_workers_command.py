@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from parallel_keras import cluster
 from parallel_keras.commands import CommandError, _processes, workers
+from parallel_keras.workers import cluster
 
 Run = Callable[..., int]
 

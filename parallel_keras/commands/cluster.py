@@ -14,7 +14,7 @@ from typing import Final
 from absl import flags
 
 from parallel_keras.commands import CommandError
-from parallel_keras.roll_call import check_workers
+from parallel_keras.workers.roll_call import check_workers
 
 _TIMEOUT: Final = flags.DEFINE_float(
     "timeout", 60.0, "Seconds to wait for the other workers.", lower_bound=0.0

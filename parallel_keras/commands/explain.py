@@ -16,7 +16,7 @@ from absl import flags
 import parallel_keras as pk
 from parallel_keras.commands import CommandError
 from parallel_keras.commands.machine import choose_devices
-from parallel_keras.random_batch import random_batch
+from parallel_keras.explaining.random_batch import random_batch
 
 _DEVICES = flags.DEFINE_integer(
     "devices",

@@ -24,8 +24,8 @@ from typing import Final
 import tensorflow as tf
 from absl import flags
 
-from parallel_keras import cluster
 from parallel_keras.commands import CommandError, _processes
+from parallel_keras.workers import cluster
 
 _GRACE: Final = flags.DEFINE_float(
     "grace",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from parallel_keras.step_times import StepTimes
+from parallel_keras.explaining.step_times import StepTimes
 
 # In the order in which they happen; colours that differ for colour-blind people too.
 COLORS = {

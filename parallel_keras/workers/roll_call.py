@@ -11,8 +11,8 @@ import threading
 import time
 from typing import Any, Final
 
-from parallel_keras import cluster
-from parallel_keras.cluster import Cluster, Task
+from parallel_keras.workers import cluster
+from parallel_keras.workers.cluster import Cluster, Task
 
 _LONGEST_CALL: Final = 2.0
 _PAUSE: Final = 0.1
@@ -42,7 +42,7 @@ def check_workers(timeout: float = 60.0) -> Cluster:
 
     Example:
     ```python
-    from parallel_keras.roll_call import check_workers
+    from parallel_keras.workers.roll_call import check_workers
 
     check_workers(timeout=60)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()

@@ -9,11 +9,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from parallel_keras import _compat, cluster, exchange, faults
-from parallel_keras.exchange import Slots
-from parallel_keras.feeding import check_dense, fill, mark
-from parallel_keras.joining import Columns, join, tensors, with_tensors
+from parallel_keras import _compat
 from parallel_keras.shard import Shards, shard
+from parallel_keras.workers import cluster, exchange, faults
+from parallel_keras.workers.exchange import Slots
+from parallel_keras.workers.feeding import check_dense, fill, mark
+from parallel_keras.workers.joining import Columns, join, tensors, with_tensors
 
 # Seconds after which a worker that waits for another one gives up.
 TIMEOUT = 60.0

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from parallel_keras.workers import Workers
+from parallel_keras.workers.connection import Workers
 
 _BATCH_SIZE = 32  # That of Keras.
 

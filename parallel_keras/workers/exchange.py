@@ -57,7 +57,7 @@ def decode(vector: tf.Tensor, dtype: tf.DType, shape: Any) -> tf.Tensor:
         The tensor.
 
     Example:
-    >>> from parallel_keras import exchange
+    >>> from parallel_keras.workers import exchange
     >>> big = tf.constant([2**40 + 1, -3], tf.int64)
     >>> exchange.decode(exchange.encode(big), tf.int64, [2]).numpy().tolist()
     [1099511627777, -3]
@@ -89,7 +89,7 @@ def bucket(size: tf.Tensor) -> tf.Tensor:
         An int32 tensor of shape `()`.
 
     Example:
-    >>> from parallel_keras import exchange
+    >>> from parallel_keras.workers import exchange
     >>> [int(exchange.bucket(tf.constant(size))) for size in (0, 7, 1000, 1025)]
     [1, 7, 1024, 1152]
     """

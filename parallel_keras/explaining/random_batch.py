@@ -22,7 +22,7 @@ def random_batch(model: keras.Model, rows: int, length: int = 32) -> tuple[Any, 
         shape of the outputs, without the last axis for losses that take class indices.
 
     Example:
-    >>> from parallel_keras import random_batch
+    >>> from parallel_keras.explaining import random_batch
     >>> model = keras.Sequential([keras.Input((None, 3)), keras.layers.Dense(5)])
     >>> model.compile("sgd", "sparse_categorical_crossentropy")
     >>> x, y = random_batch.random_batch(model, rows=4, length=7)

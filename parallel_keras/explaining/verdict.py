@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import Final
 
-from parallel_keras.step_times import StepTimes, TowerTimes
+from parallel_keras.explaining.step_times import StepTimes, TowerTimes
 
 # A step with this much of the speed-up that the devices could give at most is good.
 GOOD: Final = 0.8

@@ -82,7 +82,7 @@ def write(addresses: Sequence[str], index: int) -> str:
         String, for the environment variable `TF_CONFIG`.
 
     Example:
-    >>> from parallel_keras import cluster
+    >>> from parallel_keras.workers import cluster
     >>> cluster.write(["10.0.0.1:2222"], 0)
     '{"cluster": {"worker": ["10.0.0.1:2222"]}, "task": {"type": "worker", "index": 0}}'
     """
@@ -109,7 +109,7 @@ def read(text: str | None) -> Cluster:
             or given twice, or if the task is not one of the cluster's.
 
     Example:
-    >>> from parallel_keras import cluster
+    >>> from parallel_keras.workers import cluster
     >>> found = cluster.read(cluster.write(["10.0.0.1:2222", "10.0.0.2:2222"], 1))
     >>> found.rank, str(found.own)
     (1, 'worker 1 (10.0.0.2:2222)')

@@ -7,9 +7,9 @@ import pathlib
 import textwrap
 from typing import Any, Final
 
-from parallel_keras.step_times import StepTimes
-from parallel_keras.timeline import draw
-from parallel_keras.verdict import Verdict, judge
+from parallel_keras.explaining.step_times import StepTimes
+from parallel_keras.explaining.timeline import draw
+from parallel_keras.explaining.verdict import Verdict, judge
 
 # That of the table.
 WIDTH: Final = 72
@@ -19,7 +19,7 @@ WIDTH: Final = 72
 class Explanation(StepTimes):
     """The times of one training step, with what they mean.
 
-    It prints as a table. The times are those of `parallel_keras.step_times.StepTimes`.
+    It prints as a table. The times are those of `parallel_keras.explaining.step_times.StepTimes`.
 
     Example:
     ```python

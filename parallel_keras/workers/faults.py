@@ -8,7 +8,7 @@ from typing import Final
 
 import tensorflow as tf
 
-from parallel_keras.cluster import Cluster, Task
+from parallel_keras.workers.cluster import Cluster, Task
 
 ERRORS: Final = (
     tf.errors.UnavailableError,

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from parallel_keras import merge
-from parallel_keras.feeding import check_marks
 from parallel_keras.shard import Shards
+from parallel_keras.workers.feeding import check_marks
 
 # What a tower returns that has a row for each of its own.
 _OF_ROWS = ("outputs", "masks", "logits")

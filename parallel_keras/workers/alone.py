@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from parallel_keras.joining import Columns
 from parallel_keras.shard import Shards, shard
+from parallel_keras.workers.joining import Columns
 
 
 class Alone:

@@ -10,9 +10,9 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import checks
-from parallel_keras.agreement import Agreement, agree_on_seed, agree_on_state
-from parallel_keras.own_rows import Feed
-from parallel_keras.workers import Workers
+from parallel_keras.workers.agreement import Agreement, agree_on_seed, agree_on_state
+from parallel_keras.workers.connection import Workers
+from parallel_keras.workers.own_rows import Feed
 
 # They write one file for the whole run. Only the chief may; what BackupAndRestore
 # restores there reaches the others.

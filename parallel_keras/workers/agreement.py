@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.workers import Workers
+from parallel_keras.workers.connection import Workers
 
 
 def check_same(workers: Workers, facts: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Several machines, seen from one worker of a `tf.distribute` cluster."""
