@@ -10,8 +10,8 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.passes import Merged, Pass, floats
-from parallel_keras.towers import Call, Towers
+from parallel_keras.passes import Call, Merged, Pass, floats
+from parallel_keras.towers import Towers
 
 
 class Recording:

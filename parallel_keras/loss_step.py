@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat, merge
 from parallel_keras.losses import term_rule
-from parallel_keras.scope import talking_to
+from parallel_keras.peers import talking_to
 from parallel_keras.shard import Shards
 from parallel_keras.towers import Towers
 

@@ -17,10 +17,11 @@ from parallel_keras.files import TemplateFiles
 from parallel_keras.first_batch import first_batch
 from parallel_keras.gradients import Runner
 from parallel_keras.notices import Notices
+from parallel_keras.passes import as_call
 from parallel_keras.shard import is_empty
 from parallel_keras.steps import ParallelSteps
 from parallel_keras.template_steps import LEARNING, TemplateSteps, overrides
-from parallel_keras.towers import Towers, as_call
+from parallel_keras.towers import Towers
 from parallel_keras.workers.agreement import agree_on_state, check_same, facts_of
 from parallel_keras.workers.connection import connect
 from parallel_keras.workers.loops import WorkerLoops

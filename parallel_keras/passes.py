@@ -1,4 +1,4 @@
-"""What the towers returned from one call, and the way back for gradients."""
+"""One call of a model: what towers take, what they return, and the way back for gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,26 @@ import tensorflow as tf
 from parallel_keras import _compat, merge
 from parallel_keras.losses import term_rule
 from parallel_keras.shard import Shards
+
+# One call of a model: its "args", its "kwargs", and the "masks" of its args.
+Call = dict[str, Any]
+
+
+def as_call(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Call:
+    """One call of a model, as towers take it.
+
+    Args:
+        args: Its positional arguments.
+        kwargs: Its keyword arguments, without `training` and `mask`.
+        mask: Masks of the first argument, `None` for those that Keras attached.
+
+    Returns:
+        The `Call`.
+    """
+    masks = keras.tree.map_structure(_compat.get_mask, args)
+    if mask is not None:
+        masks = (mask, *masks[1:])
+    return {"args": args, "kwargs": kwargs, "masks": masks}
 
 
 class Merged(NamedTuple):

@@ -11,8 +11,9 @@ import keras
 
 from parallel_keras import _compat
 from parallel_keras.gradients import Runner
+from parallel_keras.passes import as_call
 from parallel_keras.shard import is_empty
-from parallel_keras.towers import Towers, as_call
+from parallel_keras.towers import Towers
 
 # Overriding one of them changes what `fit` and `evaluate` compute.
 LEARNING = ("train_step", "test_step", "compute_loss", "compute_metrics", "metrics")

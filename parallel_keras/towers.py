@@ -11,15 +11,16 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.devices import check_one_job
-from parallel_keras.passes import Pass
-from parallel_keras.scope import Peers, TowerScope, depends_on, peer_keys, talking_to
+from parallel_keras.passes import Call, Pass
+from parallel_keras.peers import Peers, make_tokens, meet, talking_to, token
+from parallel_keras.scope import TowerScope, depends_on, hide_sizes
 from parallel_keras.shard import Shards
-from parallel_keras.state import StateRules, Updates
+from parallel_keras.state import StateRules, Updates, fingerprint
 from parallel_keras.workers.alone import Alone
 from parallel_keras.workers.connection import Workers
 
-# One call of the template: its "args", its "kwargs", and the "masks" of its args.
-Call = dict[str, Any]
+# Towers that do not talk to each other need a token of any device.
+_ANYWHERE = ("/device:CPU:0",)
 Watch = Callable[[list[tf.Tensor], Any], list[tf.Tensor]]
 
 
@@ -64,9 +65,7 @@ class Towers:
         # Keras chooses XLA by itself on GPUs; towers that talk to each other cannot have it.
         alone = self.workers.towers == 1 or not self._state_rules.synchronized
         self._jit, self._eager = jit and alone, eager
-        # A variable that is made while a step is traced makes TensorFlow trace it again.
-        for device in self.devices if self._state_rules.synchronized else ("/device:CPU:0",):
-            _token_variable(device)
+        make_tokens(self.devices if self._state_rules.synchronized else _ANYWHERE)
         self._functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def forward(
@@ -251,21 +250,15 @@ class Towers:
         return self._functions[body]
 
     def fingerprint(self) -> tuple[Any, ...]:
-        """What a trace of the template depends on besides its arguments.
-
-        Variables come and go (LoRA, quantisation) and layers are frozen, without
-        any call that would tell the towers.
-        """
-        layers = _compat.all_layers(self.template)
-        variables = self.template.variables
-        return (*map(id, variables), *(layer.trainable for layer in layers))
+        """What a trace of the template depends on besides its arguments."""
+        return fingerprint(self.template)
 
     def _notice_changes(self) -> None:
-        fingerprint = self.fingerprint()
-        if fingerprint != self._fingerprint:
+        found = self.fingerprint()
+        if found != self._fingerprint:
             self.configure(jit=self._jit, eager=self._eager)
             self._variables = list(self.template.variables)
-            self._fingerprint = fingerprint
+            self._fingerprint = found
             if self._state_rules.synchronized:
                 check_one_job(self.devices)
 
@@ -278,26 +271,17 @@ class Towers:
         return len(self._variables) - 1
 
     def _peers(self, shards: Shards) -> list[Peers | tf.Tensor | None]:
-        """What joins the towers of one pass, and what keeps them apart.
-
-        TensorFlow runs calls with side effects (printing, Python functions) one
-        after the other, unless they take a resource. So every tower takes one.
-        """
+        """What joins the towers of one pass, or keeps them apart."""
         devices = self.devices[: len(shards.parts)]
         workers, synchronized = self.workers, self._state_rules.synchronized
         single = len(devices) == 1 and not (synchronized and workers.size > 1)
         if single or self._eager or self._jit:
             return [None] * len(devices)
         if not synchronized:
-            return [_token("/device:CPU:0")] * len(devices)
+            return [token(*_ANYWHERE)] * len(devices)
         others = workers.towers - len(devices) if workers.size > 1 else 0
-        keys = peer_keys(devices, others)
         rows = shards.rows[workers.first :][: len(devices)]
-        live = [tf.cast(count > 0, tf.float32) for count in map(tf.convert_to_tensor, rows)]
-        return [
-            Peers(*keys, _token(device), alive, workers.timeout)
-            for device, alive in zip(devices, live, strict=True)
-        ]
+        return [*meet(devices, rows, others, workers.timeout)]
 
     def _blur(self, part: Any) -> Any:
         """Hides a known batch size where it must not become a constant of the tower.
@@ -307,32 +291,8 @@ class Towers:
         some know their size, they compute the gradient of other things.
         """
         rules = self._state_rules
-        if self._eager or not (rules.counts_rows or rules.synchronized):
-            return part
-
-        def hide(leaf: Any) -> Any:
-            if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
-                return leaf
-            return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
-
-        return keras.tree.map_structure(hide, part)
-
-
-def as_call(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Call:
-    """One call of a model, as towers take it.
-
-    Args:
-        args: Its positional arguments.
-        kwargs: Its keyword arguments, without `training` and `mask`.
-        mask: Masks of the first argument, `None` for those that Keras attached.
-
-    Returns:
-        The `Call`.
-    """
-    masks = keras.tree.map_structure(_compat.get_mask, args)
-    if mask is not None:
-        masks = (mask, *masks[1:])
-    return {"args": args, "kwargs": kwargs, "masks": masks}
+        hidden = (rules.counts_rows or rules.synchronized) and not self._eager
+        return hide_sizes(part) if hidden else part
 
 
 @contextlib.contextmanager
@@ -352,19 +312,3 @@ def _read(variable: keras.Variable) -> tf.Tensor:
     value = variable.value
     with tf.device(getattr(value, "device", None) or None):
         return tf.convert_to_tensor(value)
-
-
-_TOKENS: dict[str, tf.Variable] = {}
-
-
-def _token_variable(device: str) -> tf.Variable:
-    if device not in _TOKENS:
-        with tf.init_scope(), tf.device(device):
-            _TOKENS[device] = tf.Variable(0.0, trainable=False, name="tower_token")
-    return _TOKENS[device]
-
-
-def _token(device: str) -> tf.Tensor:
-    """The handle of a variable on a device, as a tensor that lives there too."""
-    with tf.device(device):
-        return tf.identity(_token_variable(device).handle)

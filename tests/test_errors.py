@@ -14,7 +14,7 @@ import tensorflow as tf
 
 import parallel_keras as pk
 from parallel_keras import checks, losses, towers
-from parallel_keras.scope import Peers, TowerContext
+from parallel_keras.peers import Peers, TowerContext
 from tests.parity import mlp, rows
 
 PACKAGE = Path(pk.__file__).parent
@@ -117,7 +117,7 @@ def test_missing_attribute() -> None:
 
 
 def test_towers_reduce_sums_only() -> None:
-    peers = Peers(*[tf.constant(1)] * 3, token=tf.constant(0), live=tf.constant(1.0))
+    peers = Peers(*[tf.constant(1)] * 3, token=tf.constant(0), live=tf.constant(1.0), timeout=1.0)
     with pytest.raises(ValueError, match=r"ReduceOp.SUM"):
         TowerContext(peers).all_reduce(tf.distribute.ReduceOp.MEAN, tf.constant(1.0))
 
@@ -185,7 +185,7 @@ RAISES = {
     "model.py": 1,
     "multi_gpu.py": 3,
     "old_weights.py": 6,
-    "scope.py": 1,
+    "peers.py": 1,
     "self_check.py": 1,
     "shard.py": 2,
     "towers.py": 2,

@@ -11,9 +11,9 @@ from parallel_keras import _compat, losses, merge
 from parallel_keras.building import is_dense
 from parallel_keras.loss_step import LossStep, NeedsWholeBatch
 from parallel_keras.model import DataParallelModel
-from parallel_keras.passes import Pass
+from parallel_keras.passes import Pass, as_call
 from parallel_keras.shard import Shards
-from parallel_keras.towers import Towers, as_call
+from parallel_keras.towers import Towers
 
 Data = tuple[Any, Any, Any]
 Piece = Callable[[Data], Any]
