@@ -76,6 +76,8 @@ def gpu_model_and_memory(index: int, cards: Sequence[Card]) -> tuple[str | None,
         A tuple of its model and its megabytes, `None` for what is not known.
     """
     physical = tf.config.list_physical_devices("GPU")
+    if not physical:
+        return None, None
     # Logical devices of one GPU have higher numbers than there are physical ones.
     gpu = physical[min(index, len(physical) - 1)]
     model = tf.config.experimental.get_device_details(gpu).get("device_name")
