@@ -160,3 +160,21 @@ def hide_sizes(part: Any) -> Any:
         return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
 
     return keras.tree.map_structure(hide, part)
+
+
+@contextlib.contextmanager
+def naming_tower(index: int, device: str) -> Iterator[None]:
+    """Tells which tower an error comes from.
+
+    Args:
+        index: Int, the number of the tower.
+        device: Its device.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Keras makes a new error from the class and the message, so that is where it must stand.
+        if error.args and isinstance(error.args[0], str):
+            where = f"This happened in tower {index} on device {device}."
+            error.args = (f"{error.args[0]}\n\n{where}", *error.args[1:])
+        raise

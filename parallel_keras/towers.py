@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,7 +12,7 @@ from parallel_keras import _compat
 from parallel_keras.devices import check_one_job
 from parallel_keras.passes import Call, Pass
 from parallel_keras.peers import Peers, make_tokens, meet, talking_to, token
-from parallel_keras.scope import TowerScope, depends_on, hide_sizes
+from parallel_keras.scope import TowerScope, depends_on, hide_sizes, naming_tower
 from parallel_keras.shard import Shards
 from parallel_keras.state import StateRules, Updates, fingerprint
 from parallel_keras.workers.alone import Alone
@@ -157,7 +156,7 @@ class Towers:
         results = []
         for index, part in enumerate(shards.parts):
             number = self.workers.first + index
-            with tf.device(self.devices[index]), _named(number, self.devices[index]):
+            with tf.device(self.devices[index]), naming_tower(number, self.devices[index]):
                 own = tf.identity_n(weights) if weights else []
                 tower = tf.constant(number) if len(shards.rows) > 1 else None
                 results.append(run(function, own, tower, peers[index], self._blur(part)))
@@ -293,19 +292,6 @@ class Towers:
         rules = self._state_rules
         hidden = (rules.counts_rows or rules.synchronized) and not self._eager
         return hide_sizes(part) if hidden else part
-
-
-@contextlib.contextmanager
-def _named(index: int, device: str) -> Iterator[None]:
-    """Tells which tower an error comes from."""
-    try:
-        yield
-    except Exception as error:
-        # Keras makes a new error from the class and the message, so that is where it must stand.
-        if error.args and isinstance(error.args[0], str):
-            where = f"This happened in tower {index} on device {device}."
-            error.args = (f"{error.args[0]}\n\n{where}", *error.args[1:])
-        raise
 
 
 def _read(variable: keras.Variable) -> tf.Tensor:

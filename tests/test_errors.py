@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras import checks, losses, towers
+from parallel_keras import checks, losses, scope
 from parallel_keras.peers import Peers, TowerContext
 from tests.parity import mlp, rows
 
@@ -186,9 +186,10 @@ RAISES = {
     "multi_gpu.py": 3,
     "old_weights.py": 6,
     "peers.py": 1,
+    "scope.py": 1,
     "self_check.py": 1,
     "shard.py": 2,
-    "towers.py": 2,
+    "towers.py": 1,
     "workers/agreement.py": 1,
     "workers/cluster.py": 11,
     "workers/connection.py": 2,
@@ -291,7 +292,7 @@ def test_errors_name_the_tower_that_failed() -> None:
 @pytest.mark.parametrize("arguments", [(), (404,), (404, "not found")])
 def test_errors_without_a_message_are_left_alone(arguments: tuple[Any, ...]) -> None:
     error = RuntimeError(*arguments)
-    with pytest.raises(RuntimeError) as caught, towers._named(0, "/device:CPU:1"):
+    with pytest.raises(RuntimeError) as caught, scope.naming_tower(0, "/device:CPU:1"):
         raise error
     assert caught.value is error
     assert error.args == arguments
