@@ -39,10 +39,10 @@ FULL = Settings(
     workloads=("tiny", "mlp", "cnn", "xception", "encoder", "words", "embedding"),
     counts=(1, 2, 4, 8),
     scaled=("cnn", "xception", "encoder"),
-    rounds=9,
+    rounds=5,
     seconds=1.5,
     start_rounds=2,
-    start_counts=(1, 2, 4, 8),
+    start_counts=(1, 2, 8),
     overhead_rounds=200,
     cycles=50,
 )
