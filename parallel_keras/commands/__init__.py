@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import Final
 
 COMMANDS: Final[dict[str, str]] = {
+    "bench": "Train your own model on one device and on several, and compare the times.",
     "cluster": "Check TF_CONFIG, and that the workers it names can reach each other.",
     "demo": "Train on handwritten digits on one device and on all of them, and compare the two.",
-    "bench": "Train your own model on one device and on several, and compare the times.",
     "devices": "List the devices that TensorFlow sees, and check the copies between them.",
     "explain": "Say where the time of a training step of a saved model goes.",
     "workers": "Run a script several times on this machine, each time as another worker.",
