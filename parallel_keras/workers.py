@@ -86,7 +86,7 @@ class Workers:
         if not (own and self.own):
             here = range(self.first, self.first + self.here)
             shards = shard(batch, self.towers, whole, here)
-            return shards._replace(mark=mark(batch))
+            return Shards(shards.parts, shards.rows, shards.total, mark(batch))
         filled, some = fill(batch)
         shards = shard(filled, self.here, whole, range(self.here))
         counted = [[tf.convert_to_tensor(rows) * some] for rows in shards.rows]
