@@ -15,6 +15,23 @@ from parallel_keras.shard import Shards
 Columns = list[list[Any]]
 
 
+class MarkedShards(Shards):
+    """The `Shards` of a batch that all workers must have.
+
+    Attributes:
+        mark: What tells the batch from others, see `feeding.mark`.
+    """
+
+    mark: tf.Tensor
+
+    @classmethod
+    def of(cls, shards: Shards, mark: tf.Tensor) -> MarkedShards:
+        """The same shards, marked."""
+        marked = cls(*shards)
+        marked.mark = mark
+        return marked
+
+
 def join(workers: Any, results: list[dict[str, Any]], kind: str, shards: Shards) -> Any:
     """From the results of the towers of this worker to those of all, in one message.
 
@@ -41,9 +58,9 @@ def join(workers: Any, results: list[dict[str, Any]], kind: str, shards: Shards)
         }
         for tower, result in enumerate(results)
     ]
-    if shards.mark is not None:
+    if isinstance(shards, MarkedShards):
         same = [{**result, "mark": shards.mark} for result in same]
-    if workers.own and shards.rows and shards.mark is None:
+    elif workers.own and shards.rows:
         some = tf.add_n(shards.rows[workers.first : workers.first + workers.here]) > 0
         dense = {index: _only(value, some) for index, value in dense.items()}
         same = [_only_losses(result, some) for result in same]

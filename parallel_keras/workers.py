@@ -12,7 +12,7 @@ import tensorflow as tf
 from parallel_keras import _compat, cluster, exchange, faults
 from parallel_keras.exchange import Slots
 from parallel_keras.feeding import check_dense, fill, mark
-from parallel_keras.joining import Columns, join, tensors, with_tensors
+from parallel_keras.joining import Columns, MarkedShards, join, tensors, with_tensors
 from parallel_keras.shard import Shards, shard
 
 # Seconds after which a worker that waits for another one gives up.
@@ -86,7 +86,7 @@ class Workers:
         if not (own and self.own):
             here = range(self.first, self.first + self.here)
             shards = shard(batch, self.towers, whole, here)
-            return Shards(shards.parts, shards.rows, shards.total, mark(batch))
+            return MarkedShards.of(shards, mark(batch))
         filled, some = fill(batch)
         shards = shard(filled, self.here, whole, range(self.here))
         counted = [[tf.convert_to_tensor(rows) * some] for rows in shards.rows]
