@@ -71,8 +71,10 @@ def join(workers: Any, results: list[dict[str, Any]], kind: str, shards: Shards)
     for tower, (one, other) in enumerate(zip(fixed, varied, strict=True)):
         local = tower - workers.first
         here = 0 <= local < workers.here
-        # Gradients flow to what is here, so that must stay what it was.
-        result = dict(same[local]) if here else with_tensors(same[0], one)
+        result = with_tensors(same[local if here else 0], one)
+        if here and kind == "call":
+            # Gradients will flow to the terms of the loss, so they must stay what they were.
+            result["losses"] = same[local]["losses"]
         outputs = free[local] if here else with_tensors(free[0], other)
         gradients = [None] * len(columns)
         for position, index in enumerate(sparse):
