@@ -20,13 +20,11 @@ class Shards(NamedTuple):
             size is known while tracing, else int32 tensors of shape `()`.
             0 marks a part that only stands in for rows that do not exist.
         total: The rows of the whole batch, an int or an int32 tensor.
-        mark: What tells the batch from others, where workers must have the same.
     """
 
     parts: list[Any]
     rows: list[Rows]
     total: Rows
-    mark: Any = None
 
     def shares(self) -> list[tf.Tensor]:
         """The part of the batch that each tower holds; they add up to 1.

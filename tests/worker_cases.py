@@ -190,6 +190,22 @@ def merged_path(wrap: Any) -> Numbers:
     return numbers(model, model.fit(data, epochs=2, verbose=0))
 
 
+@case
+def terms_of_layers(wrap: Any) -> Numbers:
+    """Activity regularisers are a part of the loss that no output leads to."""
+    found = {}
+    for path in ("auto", "merged"):
+        keras.utils.set_random_seed(7)
+        hidden = keras.layers.Dense(5, activity_regularizer=keras.regularizers.L2(0.5))
+        layers = [keras.Input((6,)), hidden, keras.layers.Dense(3)]
+        model = wrap(keras.Sequential(layers), loss_on=path)
+        model.compile("sgd", "mse")
+        data = batches([8, 3, 1, 6], rows(18, 6), rows(18, 3, seed=1))
+        history = model.fit(data, epochs=2, verbose=0)
+        found |= {f"{path} {key}": value for key, value in numbers(model, history).items()}
+    return found
+
+
 @keras.saving.register_keras_serializable(package="tests")
 class Largest(keras.metrics.Metric):
     """Looks at all rows at once."""

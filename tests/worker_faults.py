@@ -39,10 +39,10 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return rows(22, 6), rows(22, 3, seed=1)
 
 
-def train(model: keras.Model, callbacks: list[Any]) -> None:
+def train(model: keras.Model, callbacks: list[Any], *, backwards: bool = False) -> None:
     """Six batches an epoch, the last one smaller."""
     model.compile("adam", "mse")
-    x, y = data()
+    x, y = (array[:: -1 if backwards else 1] for array in data())
     model.fit(x, y, batch_size=4, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=callbacks)
 
 
@@ -54,17 +54,11 @@ def worker(settings: dict[str, Any]) -> None:
     index, folder = strategy.cluster_resolver.task_id, Path(settings["folder"])
     wrong = settings.get("wrong") if index == 1 else None
     template = mlp(4 if wrong == "template" else 3)
-    if wrong == "version":
-        keras.__version__ = "0.0.1"
     model = pk.DataParallelModel(template, settings["towers"], strategy=strategy)
     callbacks = [Progress(settings["pause"])]
     if settings.get("backup"):
         callbacks.append(keras.callbacks.BackupAndRestore(settings["backup"]))
-    if wrong == "batches":
-        x, y = data()
-        model.compile("sgd", "mse")
-        model.fit(x[::-1], y, batch_size=4, shuffle=False, verbose=0)
-    train(model, callbacks)
+    train(model, callbacks, backwards=wrong == "batches")
     weights = [variable.numpy() for variable in template.variables]
     np.savez(folder / f"worker_{index}.npz", *weights)
 

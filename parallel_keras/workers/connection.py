@@ -14,7 +14,7 @@ from parallel_keras.shard import Shards, shard
 from parallel_keras.workers import cluster, exchange, faults
 from parallel_keras.workers.exchange import Slots
 from parallel_keras.workers.feeding import check_dense, fill, mark
-from parallel_keras.workers.joining import Columns, join, tensors, with_tensors
+from parallel_keras.workers.joining import Columns, MarkedShards, join, tensors, with_tensors
 
 # Seconds after which a worker that waits for another one gives up.
 TIMEOUT = 60.0
@@ -87,7 +87,7 @@ class Workers:
         if not (own and self.own):
             here = range(self.first, self.first + self.here)
             shards = shard(batch, self.towers, whole, here)
-            return shards._replace(mark=mark(batch))
+            return MarkedShards.of(shards, mark(batch))
         filled, some = fill(batch)
         shards = shard(filled, self.here, whole, range(self.here))
         counted = [[tf.convert_to_tensor(rows) * some] for rows in shards.rows]

@@ -18,6 +18,23 @@ _OF_ROWS = ("outputs", "masks", "logits")
 Columns = list[list[Any]]
 
 
+class MarkedShards(Shards):
+    """The `Shards` of a batch that all workers must have.
+
+    Attributes:
+        mark: What tells the batch from others, see `feeding.mark`.
+    """
+
+    mark: tf.Tensor
+
+    @classmethod
+    def of(cls, shards: Shards, mark: tf.Tensor) -> MarkedShards:
+        """The same shards, marked."""
+        marked = cls(*shards)
+        marked.mark = mark
+        return marked
+
+
 def join(workers: Any, results: list[dict[str, Any]], kind: str, shards: Shards) -> Any:
     """From the results of the towers of this worker to those of all, in one message.
 
@@ -44,9 +61,9 @@ def join(workers: Any, results: list[dict[str, Any]], kind: str, shards: Shards)
         }
         for tower, result in enumerate(results)
     ]
-    if shards.mark is not None:
+    if isinstance(shards, MarkedShards):
         same = [{**result, "mark": shards.mark} for result in same]
-    if workers.own and shards.rows and shards.mark is None:
+    elif workers.own and shards.rows:
         some = tf.add_n(shards.rows[workers.first : workers.first + workers.here]) > 0
         dense = {index: _only(value, some) for index, value in dense.items()}
         same = [_only_losses(result, some) for result in same]
@@ -58,6 +75,9 @@ def join(workers: Any, results: list[dict[str, Any]], kind: str, shards: Shards)
         local = tower - workers.first
         here = 0 <= local < workers.here
         result = with_tensors(same[local if here else 0], one)
+        if here and kind == "call":
+            # Gradients will flow to the terms of the loss, so they must stay what they were.
+            result["losses"] = same[local]["losses"]
         outputs = free[local] if here else with_tensors(free[0], other)
         gradients = [None] * len(columns)
         for position, index in enumerate(sparse):
