@@ -9,6 +9,8 @@ OLDEST_PYTHON ?= python3.10
 OLDEST_VERSIONS := tensorflow==2.16.2 keras==3.8.0
 # Ray is large, and only one test needs it.
 RAY := .venv-ray
+# Two processes; a file's tests share what is costly to start, so they stay in one.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 CODE := parallel_keras tests conftest.py setup.py docs benchmarks
 
 # Nothing but parallel_keras/_compat.py may reach into Keras' or TensorFlow's private parts.
@@ -28,10 +30,10 @@ demo: $(VENV)/.extra-demo ## Train on digits on one device and on all; writes di
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m parallel_keras demo
 
 test: $(VENV)/.extra-test ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, TensorFlow and Keras
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE)
 
 test-ray: $(RAY)/.installed ## Run the test with Ray Train, with two workers on this machine
 	$(RAY)/bin/python -m pytest tests/test_ray.py

@@ -68,7 +68,7 @@ RUNS: list[tuple[list[str], Any, str]] = [
 ]  # fmt: skip
 FAILURES: list[tuple[list[str], int, str]] = [
     ([], 2, "Usage: python -m parallel_keras <command>"),
-    (["nothing"], 2, "No such command. Expected: one of ['demo'"),
+    (["nothing"], 2, "No such command. Expected: one of ['bench'"),
     (["none", "extra"], 1, "Expected: python -m parallel_keras none [flags]. Received: "
      "arguments=['extra']. See: python -m parallel_keras none --help"),
     (["one"], 1, "Expected: python -m parallel_keras one [flags] <model>. Received: arguments=[]"),
@@ -78,8 +78,8 @@ FAILURES: list[tuple[list[str], int, str]] = [
     (["broken"], 1, "parallel_keras broken: KeyError: 'lost' (To see where: "),
 ]  # fmt: skip
 HELP: list[tuple[list[str], str]] = [
-    (["--help"], "\nCommands:\n  demo"),
-    (["help"], "\nCommands:\n  demo"),
+    (["--help"], "\nCommands:\n  bench"),
+    (["help"], "\nCommands:\n  bench"),
     (["one", "--help"], "Usage: python -m parallel_keras one [flags] <model>\n\nWhat the command"),
     (["one", "net.keras", "-h"], "What the command does."),
     (["many", "-h", "2"], "many [flags] <count> <script> [arguments ...]\n"),

@@ -243,7 +243,8 @@ def foreign_private_names(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
             owner = node.value
-            if not (isinstance(owner, ast.Name) and owner.id in ("self", "cls")):
+            # os._exit is public in all but its name.
+            if not (isinstance(owner, ast.Name) and owner.id in ("self", "cls", "os")):
                 found.append(ast.unparse(node))
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
