@@ -195,11 +195,12 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         Args:
             x: As in `keras.Model.fit`.
             *args: As in `keras.Model.fit`.
-            **kwargs: As in `keras.Model.fit`.
+            **kwargs: As in `keras.Model.fit`. `batch_size` is that of all devices together.
 
         Returns:
             A `keras.callbacks.History`.
         """
+        self._notices.fitting((x, *args), kwargs)
         # What steps of its own give to which model is theirs to know.
         if not self.template.built and not self._follows_template():
             inputs, x = first_batch(x)

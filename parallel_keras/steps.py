@@ -18,7 +18,6 @@ from parallel_keras.building import (
 )
 from parallel_keras.gradients import Runner
 from parallel_keras.loss_step import LossStep, NeedsWholeBatch, StepResult
-from parallel_keras.notices import Notices
 from parallel_keras.template_steps import LEARNING, TemplateSteps, overrides
 from parallel_keras.towers import Towers
 
@@ -34,22 +33,8 @@ class ParallelSteps(keras.Model):
     _runner: Runner
     _towers: Towers
     _template_steps: TemplateSteps
-    _notices: Notices
     train_function: Any
     test_function: Any
-
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `keras.Model.fit` does, with its arguments.
-
-        Args:
-            *args: As in `keras.Model.fit`.
-            **kwargs: As in `keras.Model.fit`. `batch_size` is that of all devices together.
-
-        Returns:
-            A `keras.callbacks.History`.
-        """
-        self._notices.fitting(args, kwargs)
-        return super().fit(*args, **kwargs)
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`: losses and gradients of the whole batch, one update.

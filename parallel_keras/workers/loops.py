@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from parallel_keras import checks
+from parallel_keras.first_batch import first_batch
 from parallel_keras.workers.agreement import Agreement, agree_on_seed, agree_on_state
 from parallel_keras.workers.connection import Workers
 from parallel_keras.workers.own_rows import Feed
@@ -137,7 +137,7 @@ class WorkerLoops(keras.Model):
         workers = self._workers
         if workers is None:
             return loop(**arguments)
-        self._build_from(arguments["x"])
+        arguments["x"] = self._build_from(arguments.get("x"))
         arguments["callbacks"] = _with_agreement(arguments.get("callbacks"), workers)
         if not workers.chief and "verbose" in arguments and arguments["verbose"] == "auto":
             arguments["verbose"] = 0
@@ -145,18 +145,14 @@ class WorkerLoops(keras.Model):
         with workers.naming_faults():
             return loop(**arguments)
 
-    def _build_from(self, data: Any) -> None:
+    def _build_from(self, data: Any) -> Any:
         """Makes the template's weights, if it has none, before anything is traced."""
-        if self.template.built:
-            return
-        if isinstance(data, keras.utils.PyDataset):
-            data = keras.utils.unpack_x_y_sample_weight(data[0])[0]
-        if isinstance(data, tf.data.Dataset):
-            data = keras.utils.unpack_x_y_sample_weight(data.element_spec)[0]
-        leaves = keras.tree.flatten(data)
-        if all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
-            self._build_template((keras.tree.map_structure(_of_any_rows, data),), {})
-        checks.check_built(self.template)
+        if not self.template.built:
+            inputs, data = first_batch(data)
+            if inputs is not None:
+                self._build_template((inputs,), {})
+            checks.check_built(self.template)
+        return data
 
     def _on_batch(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         workers = self._workers
@@ -170,15 +166,13 @@ class WorkerLoops(keras.Model):
             return step(*args, **kwargs)
 
 
-def _of_any_rows(leaf: Any) -> keras.KerasTensor:
-    dtype = keras.backend.standardize_dtype(leaf.dtype)
-    return keras.KerasTensor((None, *leaf.shape[1:]), dtype)
-
-
 def _by_name(
     loop: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    return dict(inspect.signature(loop).bind(*args, **kwargs).arguments)
+    """The arguments by name; the loops of Keras' model, not of what wraps them, name them."""
+    loop = getattr(keras.Model, loop.__name__)
+    given = inspect.signature(loop).bind(None, *args, **kwargs).arguments
+    return {name: value for name, value in given.items() if name != "self"}
 
 
 def _with_agreement(callbacks: Any, workers: Workers) -> Any:
