@@ -190,16 +190,15 @@ def test_the_command_end_to_end(tmp_path: Path) -> None:
     """P1: https://github.com/tensorflow/tensorflow/issues/35687."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     model.compile("sgd", "mse")
-    file, results = tmp_path / "net.keras", tmp_path / "results.json"
+    file = tmp_path / "net.keras"
     model.save(file)
-    done = run(
-        *(f"--model={file}", "--devices=2", "--batch-size=5", "--rounds=1", "--seconds=0.01"),
-        f"--json={results}",
-    )
+    given = (f"--model={file}", "--devices=2", "--batch-size=5", "--rounds=1", "--seconds=0.01")
+    done = run(*given)
     assert done.returncode == 0, done.stderr
     assert "without wrapper" in done.stdout
     assert "2 device(s)" in done.stdout
-    assert [line["devices"] for line in json.loads(results.read_text())["lines"]] == [1, 2]
+    done = run(*given, "--json")
+    assert [line["devices"] for line in json.loads(done.stdout)["lines"]] == [1, 2]
 
 
 @pytest.mark.parametrize(

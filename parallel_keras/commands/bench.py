@@ -15,7 +15,6 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import keras
@@ -45,7 +44,7 @@ _IMPORTS = flags.DEFINE_list(
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each process has its turn.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "How long a turn is, about.", lower_bound=0.0)
-_JSON = flags.DEFINE_string("json", None, "Also write the results to this file, as JSON.")
+_JSON = flags.DEFINE_bool("json", False, "Print the results as JSON, and nothing else.")
 
 WORKER: Final = "parallel_keras.measuring.subject"
 BASE: Final = "model"
@@ -172,7 +171,8 @@ def main() -> None:
     except ValueError as error:
         raise CommandError(str(error)) from error
     specs = _specs(_MODEL.value, counts)
-    print(f"{_MODEL.value}, batches of {_BATCH_SIZE.value} rows, on {_kind()}", flush=True)
+    if not _JSON.value:
+        print(f"{_MODEL.value}, batches of {_BATCH_SIZE.value} rows, on {_kind()}", flush=True)
     try:
         described = {name: dataclasses.asdict(spec) for name, spec in specs.items()}
         with rounds.workers(WORKER, described) as contenders:
@@ -183,11 +183,12 @@ def main() -> None:
             "name their module with --imports; if its loss does not take random targets shaped "
             "like its outputs, choose one with --loss; if memory ran out, a smaller --batch-size."
         ) from error
-    print(table(lines, _BATCH_SIZE.value, None if _gpus() else _cores()))
-    print(_notes(counts))
     if _JSON.value:
         settings = {"batch_size": _BATCH_SIZE.value, **dataclasses.asdict(specs[BASE])}
-        Path(_JSON.value).write_text(json.dumps(report(lines, settings), indent=1) + "\n")
+        print(json.dumps(report(lines, settings)))
+        return
+    print(table(lines, _BATCH_SIZE.value, None if _gpus() else _cores()))
+    print(_notes(counts))
 
 
 def _counts(values: Sequence[str]) -> list[int]:
