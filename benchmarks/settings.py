@@ -37,13 +37,13 @@ class Settings:
 FULL = Settings(
     quick=False,
     workloads=("tiny", "mlp", "cnn", "xception", "encoder", "words", "embedding"),
-    counts=(1, 2, 4, 8),
+    counts=(1, 2, 4),
     scaled=("cnn", "xception", "encoder"),
-    rounds=5,
+    rounds=4,
     seconds=1.5,
-    start_rounds=2,
-    start_counts=(1, 2, 8),
-    overhead_rounds=200,
+    start_rounds=1,
+    start_counts=(1, 8),
+    overhead_rounds=120,
     cycles=50,
 )
 QUICK = Settings(
