@@ -38,7 +38,7 @@ test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, Tenso
 test-ray: $(RAY)/.installed ## Run the test with Ray Train, with two workers on this machine
 	$(RAY)/bin/python -m pytest tests/test_ray.py
 
-bench: $(VENV)/.extra-bench ## Measure everything beside its peers (half an hour, quiet machine)
+bench: $(VENV)/.extra-bench ## Measure everything beside its peers (15 minutes, quiet machine)
 	$(BIN)/python -m benchmarks
 
 bench-quick: $(VENV)/.extra-bench ## Measure less, in under 3 minutes; documents stay as they are

@@ -1,6 +1,6 @@
 """Measures everything, prints the table, and makes the plots and the tables of the documents.
 
-`python -m benchmarks` takes about half an hour and wants a machine on which nothing else runs.
+`python -m benchmarks` takes about 15 minutes and wants a machine on which nothing else runs.
 """
 
 from __future__ import annotations
