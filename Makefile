@@ -11,6 +11,8 @@ OLDEST_VERSIONS := tensorflow==2.16.2 keras==3.8.0
 RAY := .venv-ray
 # Two processes; a file's tests share what is costly to start, so they stay in one.
 SIDE_BY_SIDE := -n 2 --dist loadfile
+# Only files with examples: two commands may define the same flag, but not in one process.
+EXAMPLES = $(shell grep -rl --include='*.py' '>>> ' parallel_keras)
 CODE := parallel_keras tests conftest.py setup.py docs benchmarks
 
 # Nothing but parallel_keras/_compat.py may reach into Keras' or TensorFlow's private parts.
@@ -57,7 +59,7 @@ types: $(VENV)/.extra-test ## Check the types
 	$(BIN)/mypy parallel_keras
 
 doctest: $(VENV)/.extra-test ## Run the examples in the docstrings
-	$(BIN)/python -m pytest --doctest-modules parallel_keras
+	$(BIN)/python -m pytest --doctest-modules $(EXAMPLES)
 
 docs: $(VENV)/.extra-docs ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet

@@ -25,6 +25,7 @@ def symbol(leaf: Any) -> Any:
         A `keras.KerasTensor`, or the leaf.
 
     Example:
+    >>> import numpy as np
     >>> from parallel_keras import building
     >>> building.symbol(np.ones((2, 3), "float32")).shape
     (2, 3)
