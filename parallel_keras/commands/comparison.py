@@ -98,7 +98,7 @@ class Comparison:
                 f"Largest loss difference:   {self.loss_difference:.1e}, relative "
                 f"(allowed: {LOSS_TOLERANCE:.0e})",
                 f"Speed-up:                  {self.speed_up:.2f} "
-                "(the median seconds per epoch, without the first epoch)",
+                "(the median seconds per epoch after its first step, without the first epoch)",
                 "The saved file, in a process without parallel_keras: "
                 f"test loss {self.alone.loss:.6f}, test accuracy {self.alone.accuracy:.4f}",
             ]
