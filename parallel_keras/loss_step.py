@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat, merge
 from parallel_keras.losses import term_rule
+from parallel_keras.passes import as_call
 from parallel_keras.peers import talking_to
 from parallel_keras.shard import Shards
 from parallel_keras.towers import Towers
@@ -57,8 +58,7 @@ class LossStep:
                 then the loss of the batch is not the mean of those of the shards.
         """
         x, y, sample_weight = data
-        masks = keras.tree.map_structure(_compat.get_mask, (x,))
-        call = {"args": (x,), "kwargs": {}, "masks": masks}
+        call = as_call((x,), {}, None)
         shards = self.towers.cut({"call": call, "y": y, "weights": sample_weight}, own=self.count)
         weights = self.towers.read_weights()
         with tf.device(self.towers.merge_device):

@@ -19,7 +19,7 @@ from parallel_keras.workers.joining import Columns, MarkedShards, join, tensors,
 # Seconds after which a worker that waits for another one gives up.
 TIMEOUT = 60.0
 # Collectives share one name space with those of tf.distribute, which counts up from 1, and
-# of `scope`, which starts at 7,700,000. Kinds have a group each, so that workers that do
+# of `peers`, which starts at 7,700,000. Kinds have a group each, so that workers that do
 # different things wait for each other until the timeout instead of adding up what differs.
 _FIRST_GROUP = 7_600_000
 KINDS = ("start", "sizes", "rows", "batch", "train", "test", "call", "gradients", "towers")
