@@ -12,6 +12,7 @@ import tensorflow as tf
 from parallel_keras import _compat, merge
 from parallel_keras.passes import Call, Merged, Pass, floats
 from parallel_keras.towers import Towers
+from parallel_keras.weights import is_handle
 
 
 class Recording:
@@ -46,12 +47,12 @@ class Recording:
         """Runs the forward pass."""
         towers, tape = self._towers, self._tape
         if self._alone:
-            self._pass = towers.forward(towers.cut(call), towers.read_weights(), training)
+            self._pass = towers.forward(towers.cut(call), self._read_weights(), training)
             _assign(self._pass)
             return self._pass.merged()
         with contextlib.nullcontext() if tape is None else tape.stop_recording():
             watch = None if tape is None else _watch_weights(towers)
-            shards, weights = towers.cut(call), towers.read_weights()
+            shards, weights = towers.cut(call), self._read_weights()
             self._pass = towers.forward(shards, weights, training, watch)
         if tape is not None:
             tape.watch(self._pass.parts())
@@ -86,6 +87,13 @@ class Recording:
                     self._towers.workers.add_up(columns), direct, strict=True
                 )
             ]
+
+    def _read_weights(self) -> list[tf.Tensor]:
+        weights = self._towers.read_weights(tables=True)
+        if self._alone and self._tape is not None:
+            # It watches by itself only variables that are read as a whole.
+            self._tape.watch([weight for weight in weights if is_handle(weight)])
+        return weights
 
 
 class Runner:

@@ -60,7 +60,7 @@ class LossStep:
         x, y, sample_weight = data
         call = as_call((x,), {}, None)
         shards = self.towers.cut({"call": call, "y": y, "weights": sample_weight}, own=self.count)
-        weights = self.towers.read_weights()
+        weights = self.towers.read_weights(tables=True)
         with tf.device(self.towers.merge_device):
             shares = shards.shares()
             # A tower that only stands in must not add to a sum either.

@@ -1,7 +1,7 @@
 """Makes a model a pure function while it is called: reads and writes are caught."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -15,7 +15,8 @@ class TowerScope(keras.StatelessScope):
 
     Args:
         variables: Sequence of the variables that have a value of their own here.
-        values: Sequence of those values, tensors on the tower's device.
+        values: Sequence of those values, tensors on the tower's device. Of a variable
+            that stays where it is, its handle: it is read only if somebody asks.
         tower: Integer tensor `()`, the number of the tower; `None` if there is
             only one. Each tower draws random numbers from its own stream.
 
@@ -37,12 +38,19 @@ class TowerScope(keras.StatelessScope):
         self.updates: dict[int, tuple[keras.Variable, list[tf.Tensor]]] = {}
         self.terms: dict[str, list[tf.Tensor]] = {"activity": [], "add_loss": []}
         self._source = "add_loss"
-        own = [
-            tower_seed(value, tower) if tower is not None and is_seed(variable) else value
-            for variable, value in zip(variables, values, strict=True)
-        ]
-        self._given = {id(variable): value for variable, value in zip(variables, own, strict=True)}
-        super().__init__(zip(variables, own, strict=True), collect_losses=True)
+        self._handles: dict[int, tuple[tf.Tensor, str]] = {}
+        own: list[tuple[keras.Variable, tf.Tensor]] = []
+        for variable, value in zip(variables, values, strict=True):
+            if value.dtype == tf.resource:
+                # Inside of a layer, mixed precision gives the variable another dtype.
+                self._handles[id(variable)] = value, variable.dtype
+            elif tower is not None and is_seed(variable):
+                own.append((variable, tower_seed(value, tower)))
+            else:
+                own.append((variable, value))
+        self._given = {id(variable): value for variable, value in own}
+        self._graph = tf.compat.v1.get_default_graph()
+        super().__init__(own, collect_losses=True)
 
     def add_update(self, update: tuple[keras.Variable, tf.Tensor]) -> None:
         """Notes an assignment; what is read afterwards is the new value.
@@ -52,6 +60,7 @@ class TowerScope(keras.StatelessScope):
         """
         variable, value = update
         if value.dtype.is_floating:
+            self._read_handle(variable)
             value = tf.stop_gradient(value)
             given = self._given.get(id(variable))
             if given is not None and variable.trainable:
@@ -101,12 +110,17 @@ class TowerScope(keras.StatelessScope):
         """The value of one of the given variables, as it is now."""
         return self.state_mapping[id(variable)]
 
+    def handle(self, variable: keras.Variable) -> tf.Tensor | None:
+        """The handle that stands for a variable here, `None` if it has a value."""
+        return self._handles.get(id(variable), (None,))[0]
+
     def get_current_value(self, variable: keras.Variable) -> Any:
         """The value of a variable in this tower, `None` for the variable itself.
 
         A seed generator that is not the model's, such as Keras' global one, gets
         a stream for each tower at its first use.
         """
+        self._read_handle(variable)
         value = super().get_current_value(variable)
         if value is not None or self._tower is None or self._reading_outside:
             return value
@@ -116,6 +130,40 @@ class TowerScope(keras.StatelessScope):
             self._reading_outside = False
             self.state_mapping[id(variable)] = value
         return value
+
+    def _read_handle(self, variable: keras.Variable) -> None:
+        """Reads a variable that stays where it is as a whole, once."""
+        if id(variable) not in self._handles or id(variable) in self._given:
+            return
+        handle, dtype = self._handles[id(variable)]
+        # The first to ask may be a branch of a condition, and the next one is outside of it.
+        with self._graph.as_default():
+            value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
+        value.set_shape(variable.shape)
+        self._given[id(variable)] = self.state_mapping[id(variable)] = value
+
+
+@contextlib.contextmanager
+def calling(layer: keras.layers.Layer, call: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a layer calls this instead of its `call`.
+
+    It is put into the instance, where Python finds it before the class and Keras
+    does not take it for a layer or a weight.
+
+    Args:
+        layer: The layer, or model.
+        call: Function with the arguments of its `call`.
+    """
+    attributes = vars(layer)
+    before = attributes.get("call")
+    attributes["call"] = call
+    try:
+        yield
+    finally:
+        if before is None:
+            del attributes["call"]
+        else:
+            attributes["call"] = before
 
 
 def depends_on(tensor: tf.Tensor, sources: Sequence[tf.Tensor]) -> bool:

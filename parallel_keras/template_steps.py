@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -12,6 +12,7 @@ import keras
 from parallel_keras import _compat
 from parallel_keras.gradients import Runner
 from parallel_keras.passes import as_call
+from parallel_keras.scope import calling
 from parallel_keras.shard import is_empty
 from parallel_keras.towers import Towers
 
@@ -77,7 +78,7 @@ class TemplateSteps:
         with contextlib.ExitStack() as stack:
             for model in models:
                 stack.enter_context(
-                    _calling(model, functools.partial(self._call, model, model.call))
+                    calling(model, functools.partial(self._call, model, model.call))
                 )
             return getattr(self._template, step)(data)
 
@@ -97,22 +98,3 @@ class TemplateSteps:
         if merged.terms:
             model.add_loss(merged.terms)
         return merged.attached()
-
-
-@contextlib.contextmanager
-def _calling(model: keras.Model, call: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the model calls this instead of its `call`.
-
-    It is put into the instance, where Python finds it before the class and Keras
-    does not take it for a layer or a weight.
-    """
-    attributes = vars(model)
-    before = attributes.get("call")
-    attributes["call"] = call
-    try:
-        yield
-    finally:
-        if before is None:
-            del attributes["call"]
-        else:
-            attributes["call"] = before

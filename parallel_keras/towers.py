@@ -15,6 +15,7 @@ from parallel_keras.peers import Peers, make_tokens, meet, talking_to, token
 from parallel_keras.scope import TowerScope, depends_on, hide_sizes, naming_tower
 from parallel_keras.shard import Shards
 from parallel_keras.state import StateRules, Updates, fingerprint
+from parallel_keras.weights import Tables, copies, is_handle, read
 from parallel_keras.workers.alone import Alone
 from parallel_keras.workers.connection import Workers
 
@@ -61,6 +62,7 @@ class Towers:
         self._variables: list[keras.Variable] = []
         self._fingerprint: tuple[Any, ...] = ()
         self._state_rules = StateRules(self.template)
+        self._tables = Tables(self.template)
         # Keras chooses XLA by itself on GPUs; towers that talk to each other cannot have it.
         alone = self.workers.towers == 1 or not self._state_rules.synchronized
         self._jit, self._eager = jit and alone, eager
@@ -123,10 +125,18 @@ class Towers:
             )
         return shards
 
-    def read_weights(self) -> list[tf.Tensor]:
-        """The values of the template's variables, each read where it lives."""
+    def read_weights(self, *, tables: bool = False) -> list[tf.Tensor]:
+        """The values of the template's variables, each read where it lives.
+
+        Args:
+            tables: Whether large embedding tables may stay there. Defaults to `False`.
+
+        Returns:
+            A list of tensors; of tables that stay, their handles.
+        """
         self._notice_changes()
-        return [_read(variable) for variable in self._variables]
+        source = self._tables.source if tables and not (self._jit or self._eager) else read
+        return [source(variable) for variable in self._variables]
 
     def on_each(
         self,
@@ -157,7 +167,7 @@ class Towers:
         for index, part in enumerate(shards.parts):
             number = self.workers.first + index
             with tf.device(self.devices[index]), naming_tower(number, self.devices[index]):
-                own = tf.identity_n(weights) if weights else []
+                own = copies(weights)
                 tower = tf.constant(number) if len(shards.rows) > 1 else None
                 results.append(run(function, own, tower, peers[index], self._blur(part)))
         return results
@@ -168,11 +178,14 @@ class Towers:
         """The merged new value of every variable that the towers assigned."""
         if not results[0]["state"] and not results[0]["constant"]:
             return []
-        outside = [_read(variable) for variable in self._variables[len(weights) :]]
+        before = [*weights, *map(read, self._variables[len(weights) :])]
+        for index in results[0]["state"]:
+            if is_handle(before[index]):
+                before[index] = read(self._variables[index])
         with tf.device(self.merge_device):
             merged = self._state_rules.merge(
                 self._variables,
-                [*weights, *outside],
+                before,
                 [result["state"] for result in results],
                 results[0]["constant"],
                 shards.shares() if len(results) > 1 else [],
@@ -209,7 +222,8 @@ class Towers:
     def call_template(self, scope: TowerScope, call: Call, training: Any) -> Any:
         """Calls the template with the masks of its arguments attached to them."""
         keras.tree.map_structure(_compat.set_mask, call["args"], call["masks"])
-        with scope.telling_activity(_compat.all_layers(self.template)):
+        layers = _compat.all_layers(self.template)
+        with scope.telling_activity(layers), self._tables.looking_up(scope):
             return self.template(*call["args"], training=training, **call["kwargs"])
 
     def on_tower(
@@ -292,9 +306,3 @@ class Towers:
         rules = self._state_rules
         hidden = (rules.counts_rows or rules.synchronized) and not self._eager
         return hide_sizes(part) if hidden else part
-
-
-def _read(variable: keras.Variable) -> tf.Tensor:
-    value = variable.value
-    with tf.device(getattr(value, "device", None) or None):
-        return tf.convert_to_tensor(value)

@@ -73,6 +73,20 @@ def jobs_cannot_be_mixed() -> str:
     return failure(lambda: parallel.fit(data(), verbose=0))
 
 
+def looks_words_up(loss_on: str) -> None:
+    """The table is large enough to stay on this machine."""
+
+    def build() -> keras.Model:
+        layers = keras.layers
+        inputs = keras.Input((6,))
+        hidden = layers.Flatten()(layers.Embedding(8192, 32)(inputs))
+        return keras.Model(inputs, layers.Dense(3)(hidden))
+
+    made = {"optimizer": "sgd", "loss": "mse"}
+    bare, parallel = pair(build, ["CPU:1", *REMOTE], loss_on=loss_on, **made)
+    assert_same_fit(bare, parallel, batches([5, 4, 1, 2], X * 0 + np.arange(72).reshape(12, 6), Y))
+
+
 def unknown_task() -> str:
     return failure(lambda: pk.DataParallelModel(mlp(), ["/job:worker/task:7/device:CPU:0"]))
 
@@ -124,6 +138,8 @@ def main() -> None:
         "synchronized": lambda: equals_one_device(
             lambda: normalised(synchronized=True), REMOTE, "auto"
         ),
+        "table, towers": lambda: looks_words_up("towers"),
+        "table, merged": lambda: looks_words_up("merged"),
         "mixed": jobs_cannot_be_mixed,
         "unknown": unknown_task,
         "default": default_devices,

@@ -67,7 +67,9 @@ def cases(servers: Any) -> dict[str, dict[str, Any]]:
     return {case["name"]: case for case in found}
 
 
-@pytest.mark.parametrize("case", ["towers", "merged", "normalised", "synchronized"])
+@pytest.mark.parametrize(
+    "case", ["towers", "merged", "normalised", "synchronized", "table, towers", "table, merged"]
+)
 def test_numbers_are_equal(cases: Any, case: str) -> None:
     """fit, evaluate, predict and a call, with uneven batches; also a local device among them."""
     assert "error" not in cases[case], cases[case]["error"]
