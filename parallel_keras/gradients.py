@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat, merge
 from parallel_keras.passes import Call, Merged, Pass, floats
+from parallel_keras.state import fingerprint
 from parallel_keras.towers import Towers
 from parallel_keras.weights import is_handle
 
@@ -121,9 +122,9 @@ class Runner:
 
     def _as_function(self) -> Any:
         """The call as a graph: outside of one, towers would run one after the other."""
-        fingerprint = self._towers.fingerprint()
-        if self._function is None or fingerprint != self._traced_for:
-            self._traced_for = fingerprint
+        found = fingerprint(self._towers.template)
+        if self._function is None or found != self._traced_for:
+            self._traced_for = found
             self._function = tf.function(
                 self._differentiable, autograph=False, reduce_retracing=True
             )

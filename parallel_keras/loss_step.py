@@ -16,6 +16,7 @@ from parallel_keras import _compat, merge
 from parallel_keras.losses import term_rule
 from parallel_keras.passes import as_call
 from parallel_keras.peers import talking_to
+from parallel_keras.scope import hide_value
 from parallel_keras.shard import Shards
 from parallel_keras.towers import Towers
 
@@ -62,7 +63,7 @@ class LossStep:
         shards = self.towers.cut({"call": call, "y": y, "weights": sample_weight}, own=self.count)
         weights = self.towers.read_weights(tables=True)
         with tf.device(self.towers.merge_device):
-            shares = shards.shares()
+            shares = [hide_value(share) for share in shards.shares()]
             # A tower that only stands in must not add to a sum either.
             signs = [tf.sign(share) for share in shares]
         scales = signs if self.reduction == "sum" else shares

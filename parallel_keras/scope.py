@@ -210,6 +210,23 @@ def hide_sizes(part: Any) -> Any:
     return keras.tree.map_structure(hide, part)
 
 
+def hide_value(number: tf.Tensor) -> tf.Tensor:
+    """The same number, of which TensorFlow's optimiser does not know that it is a constant.
+
+    A function that is called with a constant gets a copy of its own for that call: one for
+    each tower, made one after the other before any tower starts.
+
+    Args:
+        number: Tensor of shape `()`.
+
+    Returns:
+        A tensor like it.
+    """
+    if tf.executing_eagerly():
+        return number
+    return tf.compat.v1.placeholder_with_default(number, number.shape)
+
+
 @contextlib.contextmanager
 def naming_tower(index: int, device: str) -> Iterator[None]:
     """Tells which tower an error comes from.

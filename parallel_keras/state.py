@@ -1,6 +1,6 @@
 """Which variable of a model is merged by which rule."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -88,7 +88,7 @@ class StateRules:
     def merge(
         self,
         variables: Sequence[keras.Variable],
-        before: Sequence[Any],
+        before: Mapping[int, Any],
         towers: Sequence[Updates],
         constant: Updates,
         shares: Sequence[tf.Tensor],
@@ -97,7 +97,7 @@ class StateRules:
 
         Args:
             variables: The variables, by index.
-            before: Their values before the step, by index.
+            before: The values before the step of those that the towers assigned, by index.
             towers: For each tower, the values that it assigned, by the index of
                 the variable, in order.
             constant: The first tower's updates that do not depend on the shard.
@@ -125,7 +125,7 @@ class StateRules:
     def _normalized(
         self,
         index_of: dict[int, int],
-        before: Sequence[Any],
+        before: Mapping[int, Any],
         towers: Sequence[Updates],
         shares: Sequence[tf.Tensor],
     ) -> dict[int, tf.Tensor]:

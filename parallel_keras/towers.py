@@ -12,10 +12,10 @@ from parallel_keras import _compat
 from parallel_keras.devices import check_one_job
 from parallel_keras.passes import Call, Pass
 from parallel_keras.peers import Peers, make_tokens, meet, talking_to, token
-from parallel_keras.scope import TowerScope, depends_on, hide_sizes, naming_tower
+from parallel_keras.scope import TowerScope, depends_on, hide_sizes, hide_value, naming_tower
 from parallel_keras.shard import Shards
 from parallel_keras.state import StateRules, Updates, fingerprint
-from parallel_keras.weights import Tables, copies, is_handle, read
+from parallel_keras.weights import Tables, copies, read, value_of
 from parallel_keras.workers.alone import Alone
 from parallel_keras.workers.connection import Workers
 
@@ -129,10 +129,8 @@ class Towers:
         """The values of the template's variables, each read where it lives.
 
         Args:
-            tables: Whether large embedding tables may stay there. Defaults to `False`.
-
-        Returns:
-            A list of tensors; of tables that stay, their handles.
+            tables: Whether of large embedding tables there may be handles instead.
+                Defaults to `False`.
         """
         self._notice_changes()
         source = self._tables.source if tables and not (self._jit or self._eager) else read
@@ -168,7 +166,7 @@ class Towers:
             number = self.workers.first + index
             with tf.device(self.devices[index]), naming_tower(number, self.devices[index]):
                 own = copies(weights)
-                tower = tf.constant(number) if len(shards.rows) > 1 else None
+                tower = hide_value(tf.constant(number)) if len(shards.rows) > 1 else None
                 results.append(run(function, own, tower, peers[index], self._blur(part)))
         return results
 
@@ -178,19 +176,14 @@ class Towers:
         """The merged new value of every variable that the towers assigned."""
         if not results[0]["state"] and not results[0]["constant"]:
             return []
-        before = [*weights, *map(read, self._variables[len(weights) :])]
-        for index in results[0]["state"]:
-            if is_handle(before[index]):
-                before[index] = read(self._variables[index])
+        variables, given = self._variables, dict(enumerate(weights))
+        states = [result["state"] for result in results]
+        before = {index: value_of(given.get(index), variables[index]) for index in states[0]}
+        constant = results[0]["constant"]
         with tf.device(self.merge_device):
-            merged = self._state_rules.merge(
-                self._variables,
-                before,
-                [result["state"] for result in results],
-                results[0]["constant"],
-                shards.shares() if len(results) > 1 else [],
-            )
-        return [(self._variables[index], value) for index, value in sorted(merged.items())]
+            shares = shards.shares() if len(results) > 1 else []
+            merged = self._state_rules.merge(variables, before, states, constant, shares)
+        return [(variables[index], value) for index, value in sorted(merged.items())]
 
     def scope(
         self,
@@ -262,12 +255,8 @@ class Towers:
             )
         return self._functions[body]
 
-    def fingerprint(self) -> tuple[Any, ...]:
-        """What a trace of the template depends on besides its arguments."""
-        return fingerprint(self.template)
-
     def _notice_changes(self) -> None:
-        found = self.fingerprint()
+        found = fingerprint(self.template)
         if found != self._fingerprint:
             self.configure(jit=self._jit, eager=self._eager)
             self._variables = list(self.template.variables)

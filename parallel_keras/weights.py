@@ -97,9 +97,22 @@ def read(variable: keras.Variable) -> tf.Tensor:
     Returns:
         A tensor.
     """
-    value = variable.value
-    with tf.device(getattr(value, "device", None) or None):
-        return tf.convert_to_tensor(value)
+    own = variable.value
+    with tf.device(getattr(own, "device", None) or None):
+        return tf.convert_to_tensor(own)
+
+
+def value_of(source: tf.Tensor | None, variable: keras.Variable) -> tf.Tensor:
+    """The value of a variable, read unless that is what the towers were given.
+
+    Args:
+        source: What `Tables.source` returned for it, `None` if it was not asked.
+        variable: The variable.
+
+    Returns:
+        A tensor.
+    """
+    return read(variable) if source is None or is_handle(source) else source
 
 
 def copies(sources: Sequence[tf.Tensor]) -> list[tf.Tensor]:

@@ -205,3 +205,24 @@ def test_towers_overlap_in_time(loss_on: str, stateful: bool) -> None:
     parallel.predict(rows(8, 6), batch_size=4, verbose=0)
     parallel(rows(8, 6))
     assert not barrier.broken
+
+
+def is_constant(tensor: tf.Tensor) -> bool:
+    """Whether TensorFlow can compute a tensor while it optimises the graph."""
+    if tensor.op.type == "Const":
+        return True
+    inputs = tensor.op.inputs
+    hidden = tensor.op.type == "PlaceholderWithDefault"
+    return bool(inputs) and not hidden and all(map(is_constant, inputs))
+
+
+def test_towers_are_not_copied_for_constants() -> None:
+    """P3: a call with a constant argument has TensorFlow copy and optimise the whole tower."""
+    parallel = pk.DataParallelModel(convnet(), 8)
+    parallel.compile("sgd", "mse")
+    data = (tf.TensorSpec((16, 8, 8, 1)), tf.TensorSpec((16, 3)))  # all sizes are known
+    step = tf.function(parallel.train_step, autograph=False)
+    by_device = calls(step.get_concrete_function(data).graph)
+    assert len(by_device) == 8
+    for ops in by_device.values():
+        assert not [v.name for op in ops for v in op.inputs if is_constant(v)]
