@@ -6,13 +6,12 @@ import dataclasses
 import statistics
 from typing import Any
 
-from benchmarks.names import ABOUT, BESIDE_MIRRORED
+from benchmarks.names import ABOUT, BESIDE_MIRRORED, SPEED_UP_OF
 from parallel_keras.measuring.clock import Spread, ratios
 
 Results = dict[str, Any]
 
 TRAIN_BAR, PREDICT_BAR = 1.85, 1.9
-SPEED_UP_OF = ("cnn", "xception", "encoder")
 CLEARLY_FASTER, CLEARLY_FASTER_ON = 1.5, 4
 OVERHEAD_BAR, START_BAR, MEMORY_BAR, TRACES_BAR, GROWTH_BAR = 1.03, 1.5, 0.4, 2, 0.02
 # Sparse gradients of the embedding and the batch itself grow with the tokens, a little.
@@ -47,8 +46,10 @@ def rows(results: Results) -> list[Row]:
     return [
         *(_speed_up(results, "train", name, TRAIN_BAR) for name in SPEED_UP_OF),
         _speed_up(results, "train", "words", None),
+        *(_limit(results, "train", name) for name in SPEED_UP_OF),
         *(_speed_up(results, "predict", name, PREDICT_BAR) for name in SPEED_UP_OF),
         _speed_up(results, "predict", "words", None),
+        *(_limit(results, "predict", name) for name in SPEED_UP_OF),
         *(_beside_mirrored(results, name) for name in BESIDE_MIRRORED),
         _clearly_faster(results),
         _overhead(results),
@@ -63,9 +64,15 @@ def rows(results: Results) -> list[Row]:
 
 def speed_up(results: Results, workload: str, command: str, towers: int) -> Spread | None:
     """How many times faster than the bare model on one core, `None` if not measured."""
-    measured = results["speed"].get(workload, {}).get(command, {})
-    ours, bare = measured.get(f"ours-{towers}"), measured.get("bare-1")
-    return ratios(bare["seconds"], ours["seconds"]) if ours and bare else None
+    return _over_bare(results, workload, command, f"ours-{towers}")
+
+
+def limit(results: Results, workload: str, command: str) -> Spread | None:
+    """How many times faster the bare model is on half of the rows, `None` if not measured.
+
+    Two towers that had nothing to share, on cores that had nothing to share, would be as fast.
+    """
+    return _over_bare(results, workload, command, "half-1")
 
 
 def beside_mirrored(results: Results, workload: str) -> Spread | None:
@@ -90,6 +97,12 @@ def text(spread: Spread) -> str:
     return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
 
 
+def _over_bare(results: Results, workload: str, command: str, name: str) -> Spread | None:
+    measured = results["speed"].get(workload, {}).get(command, {})
+    other, bare = measured.get(name), measured.get("bare-1")
+    return ratios(bare["seconds"], other["seconds"]) if other and bare else None
+
+
 def _not_measured(measure: str, bar: str) -> Row:
     return Row(measure, "not measured", bar, None)
 
@@ -102,6 +115,13 @@ def _speed_up(results: Results, command: str, workload: str, bar: float | None) 
     if spread is None:
         return _not_measured(measure, wanted)
     return Row(measure, text(spread), wanted, None if bar is None else spread.median >= bar)
+
+
+def _limit(results: Results, command: str, workload: str) -> Row:
+    verb = "Training" if command == "train" else "Predicting"
+    measure = f"{verb}, the bare model on half the rows, a limit of 2 towers: {ABOUT[workload]}"
+    spread = limit(results, workload, command)
+    return Row(measure, text(spread) if spread else "not measured", "", None)
 
 
 def _beside_mirrored(results: Results, workload: str) -> Row:

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from benchmarks import phases
-from benchmarks.peers import PEERS
+from benchmarks.peers import HALF, PEERS
 from benchmarks.workloads import WORKLOADS
 from parallel_keras.measuring.worker import Contender, prepare, serve
 
@@ -19,7 +19,9 @@ from parallel_keras.measuring.worker import Contender, prepare, serve
 def make(spec: dict[str, Any], devices: list[str]) -> Contender:
     """The model of a spec with its batch."""
     workload = WORKLOADS[spec["workload"]]
-    return Contender(PEERS[spec["peer"]](workload.compiled, devices), *workload.data())
+    x, y = workload.data()
+    rows = len(x) // 2 if spec["peer"] == HALF else len(x)
+    return Contender(PEERS[spec["peer"]](workload.compiled, devices), x[:rows], y[:rows])
 
 
 def main() -> None:

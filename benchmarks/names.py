@@ -10,6 +10,7 @@ ABOUT = {
     "embedding": "Embedding 200k x 64, batch 1024",
 }
 
+SPEED_UP_OF = ("cnn", "xception", "encoder")
 BESIDE_MIRRORED = ("tiny", "mlp", "cnn", "xception", "words", "embedding")
 
 SIDE_BY_SIDE = "towers, side by side"

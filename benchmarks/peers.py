@@ -29,4 +29,6 @@ def mirrored(make: Make, devices: Sequence[str]) -> keras.Model:
         return make()
 
 
-PEERS = {"bare": bare, "ours": ours, "mirrored": mirrored}
+# The bare model on half of the rows: what each of two towers has to do, with nothing to share.
+HALF = "half"
+PEERS = {"bare": bare, HALF: bare, "ours": ours, "mirrored": mirrored}

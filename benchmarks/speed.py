@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from benchmarks.names import BESIDE_MIRRORED
+from benchmarks.names import BESIDE_MIRRORED, SPEED_UP_OF
+from benchmarks.peers import HALF
 from benchmarks.settings import Settings
 from parallel_keras.measuring import rounds
 
 WORKER = "benchmarks.measure"
 # As `predict_on_batch` does not cut the batch under a strategy, only these predict.
-PREDICTING = ("bare", "ours")
+PREDICTING = ("bare", HALF, "ours")
 
 
 def key(peer: str, devices: int) -> str:
@@ -28,6 +29,8 @@ def contenders(workload: str, settings: Settings) -> dict[str, dict[str, Any]]:
     few = (2,) if settings.quick else (1, 2)
     counts = settings.counts if workload in settings.scaled else few
     who = [("bare", 1), *(("ours", count) for count in counts)]
+    if workload in SPEED_UP_OF:
+        who.insert(1, (HALF, 1))
     if workload in BESIDE_MIRRORED:
         who.append(("mirrored", 2))
     return {

@@ -193,7 +193,12 @@ def fill_documents(root: Path, results: Results) -> None:
 
 def _contender(name: str) -> str:
     peer, _, devices = name.partition("-")
-    known = {"bare": "bare model", "ours": "parallel_keras", "mirrored": "MirroredStrategy"}
+    known = {
+        "bare": "bare model",
+        "half": "bare model on half the rows",
+        "ours": "parallel_keras",
+        "mirrored": "MirroredStrategy",
+    }
     return f"{known[peer]}, {devices}"
 
 

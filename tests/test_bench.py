@@ -227,6 +227,7 @@ def results() -> dict[str, Any]:
     """What a full run would give, made up."""
     train = series(
         bare_1=[1.0, 1.0, 1.0],
+        half_1=[0.5, 0.53, 0.6],
         ours_1=[1.0] * 3,
         ours_2=[0.5, 0.54, 0.55],
         ours_4=[0.5] * 3,
@@ -285,6 +286,11 @@ def test_the_bars(results: dict[str, Any]) -> None:
     cnn = judge.speed_up(results, "cnn", "train", 2)
     assert cnn is not None
     assert cnn.median == pytest.approx(1 / 0.54)
+    limit = "Training, the bare model on half the rows, a limit of 2 towers"
+    assert found[f"{limit}: CNN 32x32, batch 128"].figure == "1.89 (1.77-1.94)"
+    assert verdict[limit] == "-"
+    predicting = limit.replace("Training", "Predicting")
+    assert found[f"{predicting}: CNN 32x32, batch 128"].figure == "not measured"
     assert verdict["Of these, at least 1.5 times as fast"] == "pass"
     assert verdict["Step of the wrapper on one device beside the bare model"] == "pass"
     assert verdict["Time to the first training step of Xception, 8 towers beside 1"] == "short"
