@@ -156,6 +156,27 @@ class TowerContext(tf.distribute.ReplicaContext):
         return tf.ensure_shape(merged, value.shape)
 
 
+class _OneReplica(tf.distribute.ReplicaContext):
+    def __init__(self) -> None:
+        super().__init__(tf.distribute.get_strategy(), 0)
+
+    def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
+        del reduce_op, options
+        return value
+
+
+@contextlib.contextmanager
+def one_replica() -> Iterator[None]:
+    """Inside, optimizers find no other replica to add gradients up with, at no cost.
+
+    Without a strategy there is none either, but there TensorFlow wraps the gradients in a
+    function that it registers, and so keeps until the process ends, with the graph of the
+    step: a process that compiles again and again would keep the graph of each time.
+    """
+    with contextlib.nullcontext() if tf.distribute.has_strategy() else _OneReplica():
+        yield
+
+
 @contextlib.contextmanager
 def talking_to(peers: Peers | tf.Tensor | None) -> Iterator[None]:
     """Lets layers reduce over the other towers, if there are any."""

@@ -18,6 +18,7 @@ from parallel_keras.building import (
 )
 from parallel_keras.gradients import Runner
 from parallel_keras.loss_step import LossStep, NeedsWholeBatch, StepResult
+from parallel_keras.peers import one_replica
 from parallel_keras.template_steps import LEARNING, TemplateSteps, overrides
 from parallel_keras.towers import Towers
 
@@ -237,7 +238,8 @@ class ParallelSteps(keras.Model):
 
     def _apply(self, gradients: list[Any]) -> None:
         if self.trainable_weights:
-            self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+            with one_replica():
+                self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
 

@@ -1,6 +1,8 @@
 """Losses, optimizers, precision, data of every kind: as on one device."""
 
+import gc
 import inspect
+import weakref
 from collections import namedtuple
 from typing import Any
 
@@ -719,3 +721,26 @@ def test_crossentropies_do_not_saturate(activation: str, how: str) -> None:
     assert float(gradients[0][0]) > 20  # beyond what probabilities in float32 can tell
     for one, other in zip(*gradients, strict=True):
         np.testing.assert_allclose(other, one, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("towers", [1, 3])
+@pytest.mark.parametrize("loss_on", ["merged", "towers"])
+def test_the_graph_of_a_step_goes_with_its_model(loss_on: str, towers: int) -> None:
+    """M5: https://github.com/tensorflow/tensorflow/issues/42616."""
+    template = mlp()
+    graphs: list[weakref.ref[Any]] = []
+
+    class Noticing(pk.DataParallelModel):
+        def train_step(self, data: Any) -> Any:
+            graphs.append(weakref.ref(tf.compat.v1.get_default_graph()))
+            return super().train_step(data)
+
+    for _ in range(3):
+        parallel = Noticing(template, towers, loss_on="merged" if towers == 1 else loss_on)
+        parallel.compile("adam", "mse", metrics=["mae"])
+        parallel.fit(rows(12, 6), rows(12, 3), batch_size=4, verbose=0)
+    del parallel
+    template.compile("sgd", "mse")  # the template holds on to the last optimizer
+    gc.collect()
+    assert len(graphs) >= 3
+    assert [graph for graph in graphs if graph() is not None] == []
