@@ -41,6 +41,8 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
       A tower without rows is left out.
     - *Shared*: the weights. They are never cloned: each variable of this model
       is a variable of the template, read once a step and copied to each device.
+      Embedding tables of 1 MiB or more stay where they are, and only the rows
+      that a batch looks up travel.
     - *Merged*: outputs are concatenated, rows in order; outputs of rank 0 are
       averaged by rows; losses and gradients are those of the whole batch; what
       layers assign becomes one update (BatchNormalization's moving statistics
