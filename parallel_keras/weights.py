@@ -138,7 +138,7 @@ def _looks_up(layer: keras.layers.Layer) -> bool:
     # A subclass with a `call` of its own may do anything with its table.
     if getattr(type(layer), "call", None) is not keras.layers.Embedding.call or not layer.built:
         return False
-    if getattr(layer, "lora_enabled", False) or layer.quantization_mode is not None:
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
         return False
     table = layer.embeddings
     size = tf.as_dtype(table.dtype).size * table.shape.num_elements()

@@ -290,6 +290,19 @@ def test_unbuilt_masked_and_without_loss() -> None:
     assert explanation.why_merged == "there is no compiled loss"
 
 
+@pytest.mark.parametrize("loss_on", ["towers", "merged"])
+def test_a_table_that_stays_where_it_is(loss_on: str) -> None:
+    layers = [keras.Input((4,), dtype="int32"), keras.layers.Embedding(8192, 32)]
+    model = keras.Sequential([*layers, keras.layers.Flatten(), keras.layers.Dense(3)])
+    parallel = pk.DataParallelModel(model, 2, loss_on=loss_on)
+    parallel.compile("sgd", "mse")
+    table = model.layers[0].embeddings.numpy()
+    batch = np.arange(24, dtype="int32").reshape(6, 4), rows(6, 3)
+    explanation = pk.explain(parallel, batch, repeats=1)
+    assert explanation.loss_on == loss_on
+    np.testing.assert_array_equal(model.layers[0].embeddings.numpy(), table)
+
+
 def test_fewer_rows_than_devices_and_one_device() -> None:
     parallel = pk.DataParallelModel(mlp(), 3)
     parallel.compile("sgd", "mse")

@@ -14,6 +14,7 @@ from parallel_keras.model import DataParallelModel
 from parallel_keras.passes import Pass, as_call
 from parallel_keras.shard import Shards
 from parallel_keras.towers import Towers
+from parallel_keras.weights import copies, is_handle
 
 Data = tuple[Any, Any, Any]
 Piece = Callable[[Data], Any]
@@ -111,11 +112,12 @@ class Pieces:
         return parts
 
     def _copies(self, towers: Towers) -> Any:
-        weights, copies = towers.read_weights(), []
+        sources, copied = towers.read_weights(tables=True), []
+        values = [source for source in sources if not is_handle(source)]
         for device in towers.devices:
             with tf.device(device):
-                copies.append([tf.identity(weight) for weight in weights])
-        return copies
+                copied.append(copies(values))
+        return copied
 
     def _weights_out(self, data: Data) -> Any:
         return self._sharding(data), self._copies(self.towers)
@@ -130,7 +132,7 @@ class Pieces:
             del part
             return [weight for weight, is_mine in zip(own, mine, strict=True) if is_mine]
 
-        return towers.forward(shards, towers.read_weights(), True, watch)
+        return towers.forward(shards, towers.read_weights(tables=True), True, watch)
 
     def _forward_and_backward(self, data: Data) -> Any:
         if self.divided:
