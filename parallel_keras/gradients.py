@@ -11,9 +11,9 @@ import tensorflow as tf
 
 from parallel_keras import _compat, merge
 from parallel_keras.passes import Call, Merged, Pass, floats
+from parallel_keras.scope import is_handle
 from parallel_keras.state import fingerprint
 from parallel_keras.towers import Towers
-from parallel_keras.weights import is_handle
 
 
 class Recording:

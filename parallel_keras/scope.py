@@ -41,7 +41,7 @@ class TowerScope(keras.StatelessScope):
         self._handles: dict[int, tuple[tf.Tensor, str]] = {}
         own: list[tuple[keras.Variable, tf.Tensor]] = []
         for variable, value in zip(variables, values, strict=True):
-            if value.dtype == tf.resource:
+            if is_handle(value):
                 # Inside of a layer, mixed precision gives the variable another dtype.
                 self._handles[id(variable)] = value, variable.dtype
             elif tower is not None and is_seed(variable):
@@ -141,6 +141,11 @@ class TowerScope(keras.StatelessScope):
             value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
         value.set_shape(variable.shape)
         self._given[id(variable)] = self.state_mapping[id(variable)] = value
+
+
+def is_handle(source: tf.Tensor) -> bool:
+    """Whether a tower was given the handle of a variable instead of its value."""
+    return source.dtype == tf.resource
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.scope import TowerScope, calling
+from parallel_keras.scope import TowerScope, calling, is_handle
 
 # A smaller table is copied as a whole with the other weights: over PCIe 4 that takes less than
 # 50 microseconds, and a tower would wait about as long for a lookup on another device.
@@ -127,11 +127,6 @@ def copies(sources: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     values = [source for source in sources if not is_handle(source)]
     copied = iter(tf.identity_n(values) if values else [])
     return [source if is_handle(source) else next(copied) for source in sources]
-
-
-def is_handle(source: tf.Tensor) -> bool:
-    """Whether a tower was given the handle of a variable instead of its value."""
-    return source.dtype == tf.resource
 
 
 def _looks_up(layer: keras.layers.Layer) -> bool:

@@ -1,5 +1,6 @@
 """The harness of the parity tests: the bare model on one device beside the wrapper on several."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,3 +102,20 @@ def mlp() -> keras.Model:
             keras.layers.Dense(3),
         ]
     )
+
+
+class Waits(keras.layers.Layer):
+    """Each call waits for others at a barrier: one after the other, they would wait for ever."""
+
+    def __init__(self, barrier: threading.Barrier, *, stateful: bool = True) -> None:
+        super().__init__()
+        self.barrier = barrier
+        self.keeps_state = stateful
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        def wait(value: np.ndarray) -> np.ndarray:
+            self.barrier.wait()
+            return value
+
+        waited = tf.numpy_function(wait, [x], tf.float32, stateful=self.keeps_state)
+        return x + 0 * tf.stop_gradient(tf.ensure_shape(waited, x.shape))

@@ -5,13 +5,12 @@ import threading
 from typing import Any
 
 import keras
-import numpy as np
 import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
 from parallel_keras.steps import ParallelSteps
-from tests.parity import rows
+from tests.parity import Waits, rows
 
 Device = collections.namedtuple("Device", ["name", "device_type"])
 GPUS = [f"/device:GPU:{index}" for index in range(8)]
@@ -189,16 +188,9 @@ def test_towers_overlap_in_time(loss_on: str, stateful: bool) -> None:
     """Each tower waits for the other: one after the other, they would wait for ever."""
     barrier = threading.Barrier(2, timeout=60)
 
-    class Waits(keras.layers.Layer):
-        def call(self, x: tf.Tensor) -> tf.Tensor:
-            def wait(value: np.ndarray) -> np.ndarray:
-                barrier.wait()
-                return value
-
-            waited = tf.numpy_function(wait, [x], tf.float32, stateful=stateful)
-            return x + 0 * tf.stop_gradient(tf.ensure_shape(waited, x.shape))
-
-    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), Waits()])
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(3), Waits(barrier, stateful=stateful)]
+    )
     parallel = pk.DataParallelModel(model, 2, loss_on=loss_on)
     parallel.compile("sgd", "mse")
     parallel.fit(rows(8, 6), rows(8, 3), batch_size=4, verbose=0)

@@ -12,8 +12,9 @@ import tensorflow as tf
 
 import parallel_keras as pk
 from parallel_keras import weights
+from parallel_keras.scope import is_handle
 from parallel_keras.towers import Towers
-from tests.parity import ATOL, RTOL, assert_same_fit, pair, rng, rows
+from tests.parity import ATOL, RTOL, Waits, assert_same_fit, pair, rng, rows
 
 WORDS, WIDTH, TOKENS = 8192, 32, 5  # 1 MiB, so just large enough to stay
 Optimizer = Callable[[], keras.optimizers.Optimizer]
@@ -254,17 +255,8 @@ def test_towers_that_share_a_table_overlap_in_time() -> None:
     """A call that takes a resource waits for others that do, unless all of them only read it."""
     barrier = threading.Barrier(2, timeout=60)
 
-    class Waits(keras.layers.Layer):
-        def call(self, x: tf.Tensor) -> tf.Tensor:
-            def wait(value: np.ndarray) -> np.ndarray:
-                barrier.wait()
-                return value
-
-            waited = tf.numpy_function(wait, [x], tf.float32)
-            return x + 0 * tf.stop_gradient(tf.ensure_shape(waited, x.shape))
-
     for loss_on in ("merged", "towers"):
-        model = keras.Sequential([*sentences().layers, Waits()])
+        model = keras.Sequential([*sentences().layers, Waits(barrier)])
         parallel = pk.DataParallelModel(model, 2, loss_on=loss_on)
         parallel.compile("sgd", "mse")
         parallel.fit(ids(8), rows(8, 2), batch_size=4, verbose=0)
@@ -297,7 +289,7 @@ def test_copies_leave_handles_alone() -> None:
     sources = [variable.value.handle, weights.read(variable)]
     copied = weights.copies(sources)
     assert copied[0] is sources[0]
-    assert [weights.is_handle(source) for source in copied] == [True, False]
+    assert [is_handle(source) for source in copied] == [True, False]
     np.testing.assert_array_equal(copied[1], np.ones((3, 2)))
     assert weights.copies([]) == []
 
@@ -305,9 +297,9 @@ def test_copies_leave_handles_alone() -> None:
 def test_which_tables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     template = sentences()
     towers = Towers(template, ("/device:CPU:0", "/device:CPU:1"), "/device:CPU:0", {})
-    kinds = collections.Counter(map(weights.is_handle, towers.read_weights(tables=True)))
+    kinds = collections.Counter(map(is_handle, towers.read_weights(tables=True)))
     assert kinds == {True: 1, False: 4}
-    assert not any(map(weights.is_handle, towers.read_weights()))
+    assert not any(map(is_handle, towers.read_weights()))
     monkeypatch.setattr(weights, "SMALLEST_TABLE", 2**40)
     towers.configure(jit=False, eager=False)
-    assert not any(map(weights.is_handle, towers.read_weights(tables=True)))
+    assert not any(map(is_handle, towers.read_weights(tables=True)))

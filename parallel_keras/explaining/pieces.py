@@ -12,9 +12,10 @@ from parallel_keras.building import is_dense
 from parallel_keras.loss_step import LossStep, NeedsWholeBatch
 from parallel_keras.model import DataParallelModel
 from parallel_keras.passes import Pass, as_call
+from parallel_keras.scope import is_handle
 from parallel_keras.shard import Shards
 from parallel_keras.towers import Towers
-from parallel_keras.weights import copies, is_handle
+from parallel_keras.weights import copies
 
 Data = tuple[Any, Any, Any]
 Piece = Callable[[Data], Any]
