@@ -16,7 +16,7 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from parallel_keras.devices import virtual_devices
-from parallel_keras.explain import explain
+from parallel_keras.explaining.explain import explain
 from parallel_keras.model import DataParallelModel
 from parallel_keras.multi_gpu import multi_gpu_model
 

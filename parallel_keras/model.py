@@ -9,22 +9,23 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from parallel_keras import _compat, checks
-from parallel_keras.answers import TemplateAnswers
-from parallel_keras.building import symbol
+from parallel_keras import _compat
 from parallel_keras.devices import Devices, resolve
-from parallel_keras.files import TemplateFiles
-from parallel_keras.first_batch import first_batch
-from parallel_keras.gradients import Runner
-from parallel_keras.notices import Notices
-from parallel_keras.passes import as_call
+from parallel_keras.keras_api.answers import TemplateAnswers
+from parallel_keras.keras_api.notices import Notices
+from parallel_keras.keras_api.saving import TemplateFiles
+from parallel_keras.keras_api.worker_loops import WorkerLoops
+from parallel_keras.nests import symbols
 from parallel_keras.shard import is_empty
-from parallel_keras.steps import ParallelSteps
-from parallel_keras.template_steps import LEARNING, TemplateSteps, overrides
-from parallel_keras.towers import Towers
+from parallel_keras.steps import checks
+from parallel_keras.steps.any_call import Runner
+from parallel_keras.steps.first_batch import first_batch
+from parallel_keras.steps.keras_steps import ParallelSteps
+from parallel_keras.steps.template_steps import LEARNING, TemplateSteps, overrides
+from parallel_keras.towers.results import as_call
+from parallel_keras.towers.run import Towers
 from parallel_keras.workers.agreement import agree_on_state, check_same, facts_of
 from parallel_keras.workers.connection import connect
-from parallel_keras.workers.loops import WorkerLoops
 
 
 @keras.saving.register_keras_serializable(package="parallel_keras")
@@ -249,16 +250,16 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
     def _build_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the template's weights from the shapes and dtypes of a batch."""
         with tf.device(None):  # weights go where they would go without this wrapper
-            self.template(*keras.tree.map_structure(symbol, args), **kwargs)
+            self.template(*symbols(args), **kwargs)
         if self._workers is not None:
             checks.check_built(self.template)
             agree_on_state(self, self._workers)
 
     def _empty_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the template would return for no rows, which no tower must be given."""
-        symbols = self.compute_output_spec(*keras.tree.map_structure(symbol, args), **kwargs)
+        specs = self.compute_output_spec(*symbols(args), **kwargs)
         return keras.tree.map_structure(
-            lambda symbol: tf.zeros([size or 0 for size in symbol.shape], symbol.dtype), symbols
+            lambda spec: tf.zeros([size or 0 for size in spec.shape], spec.dtype), specs
         )
 
 

@@ -13,8 +13,9 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras import checks, losses, scope
-from parallel_keras.peers import Peers, TowerContext
+from parallel_keras.steps import checks
+from parallel_keras.towers import graph, losses
+from parallel_keras.towers.collectives import Peers, TowerContext
 from tests.parity import mlp, rows
 
 PACKAGE = Path(pk.__file__).parent
@@ -175,21 +176,21 @@ def test_empty_batches_are_not_trained_on() -> None:
 # tested and added here.
 RAISES = {
     "__init__.py": 1,
-    "answers.py": 1,
-    "checks.py": 13,
+    "keras_api/answers.py": 1,
+    "steps/checks.py": 13,
     "devices.py": 15,
-    "explain.py": 4,
+    "explaining/explain.py": 4,
     "explaining/timeline.py": 1,
-    "loss_step.py": 1,
+    "steps/loss_on_towers.py": 1,
     "merge.py": 2,
     "model.py": 1,
     "multi_gpu.py": 3,
-    "old_weights.py": 6,
-    "peers.py": 1,
-    "scope.py": 1,
-    "self_check.py": 1,
+    "keras_api/old_weights.py": 6,
+    "towers/collectives.py": 1,
+    "towers/graph.py": 1,
+    "explaining/self_check.py": 1,
     "shard.py": 2,
-    "towers.py": 1,
+    "towers/run.py": 1,
     "workers/agreement.py": 1,
     "workers/cluster.py": 11,
     "workers/connection.py": 2,
@@ -292,7 +293,7 @@ def test_errors_name_the_tower_that_failed() -> None:
 @pytest.mark.parametrize("arguments", [(), (404,), (404, "not found")])
 def test_errors_without_a_message_are_left_alone(arguments: tuple[Any, ...]) -> None:
     error = RuntimeError(*arguments)
-    with pytest.raises(RuntimeError) as caught, scope.naming_tower(0, "/device:CPU:1"):
+    with pytest.raises(RuntimeError) as caught, graph.naming_tower(0, "/device:CPU:1"):
         raise error
     assert caught.value is error
     assert error.args == arguments

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras import atomic
+from parallel_keras.keras_api import atomic
 from tests.parity import ATOL, RTOL, assert_same_variables, mlp, pair, rows
 
 X, Y = rows(10, 6), rows(10, 3, seed=1)

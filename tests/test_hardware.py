@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parallel_keras import hardware, self_check
+from parallel_keras import hardware
+from parallel_keras.explaining import self_check
+from parallel_keras.explaining.self_check import Fault, check_copies
 from parallel_keras.hardware import Card, why_no_gpus
-from parallel_keras.self_check import Fault, check_copies
 
 CARDS = [Card(0, "NVIDIA T4", 15360), Card(1, "NVIDIA A100", 40960)]
 

@@ -10,8 +10,9 @@ import tensorflow as tf
 from absl import logging as absl_logging
 
 import parallel_keras as pk
-from parallel_keras import hardware, notices
+from parallel_keras import hardware
 from parallel_keras.hardware import Card
+from parallel_keras.keras_api import notices
 from tests.parity import mlp, rows
 
 

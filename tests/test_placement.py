@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras.steps import ParallelSteps
+from parallel_keras.steps.keras_steps import ParallelSteps
 from tests.parity import Waits, rows
 
 Device = collections.namedtuple("Device", ["name", "device_type"])

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras.first_batch import first_batch
+from parallel_keras.steps.first_batch import first_batch
 from tests.parity import assert_same_variables, mlp, rows
 
 EPOCHS, STOPS_IN = 5, 3

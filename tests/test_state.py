@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras.state import tower_seed
+from parallel_keras.towers.seeds import tower_seed
 from tests.parity import ATOL, RTOL, assert_same_fit, batches, pair, rows
 
 

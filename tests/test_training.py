@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras.losses import ACTIVITY_RULE
+from parallel_keras.towers.losses import ACTIVITY_RULE
 from tests.parity import (
     ATOL,
     RTOL,

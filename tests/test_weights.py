@@ -11,9 +11,9 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras import weights
-from parallel_keras.scope import is_handle
-from parallel_keras.towers import Towers
+from parallel_keras.towers import weights
+from parallel_keras.towers.graph import is_handle
+from parallel_keras.towers.run import Towers
 from tests.parity import ATOL, RTOL, Waits, assert_same_fit, pair, rng, rows
 
 WORDS, WIDTH, TOKENS = 8192, 32, 5  # 1 MiB, so just large enough to stay

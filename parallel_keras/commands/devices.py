@@ -20,6 +20,7 @@ from absl import flags
 
 from parallel_keras.commands import EXIT_FAILURE
 from parallel_keras.devices import resolve
+from parallel_keras.explaining.self_check import Fault, check_copies
 from parallel_keras.hardware import (
     Card,
     built_for_gpus,
@@ -28,7 +29,6 @@ from parallel_keras.hardware import (
     host_memory,
     why_no_gpus,
 )
-from parallel_keras.self_check import Fault, check_copies
 
 _CHECK = flags.DEFINE_bool("check", False, "Copy known numbers between all pairs of devices.")
 _TIMEOUT = flags.DEFINE_float(

@@ -7,15 +7,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from parallel_keras import _compat, losses, merge
-from parallel_keras.building import is_dense
-from parallel_keras.loss_step import LossStep, NeedsWholeBatch
+from parallel_keras import _compat, merge
 from parallel_keras.model import DataParallelModel
-from parallel_keras.passes import Pass, as_call
-from parallel_keras.scope import is_handle
+from parallel_keras.nests import is_dense
 from parallel_keras.shard import Shards
-from parallel_keras.towers import Towers
-from parallel_keras.weights import copies
+from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch
+from parallel_keras.towers import losses
+from parallel_keras.towers.graph import is_handle
+from parallel_keras.towers.results import Pass, as_call
+from parallel_keras.towers.run import Towers
+from parallel_keras.towers.weights import copies
 
 Data = tuple[Any, Any, Any]
 Piece = Callable[[Data], Any]

@@ -10,8 +10,8 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.losses import term_rule
 from parallel_keras.shard import Shards
+from parallel_keras.towers.losses import term_rule
 
 # One call of a model: its "args", its "kwargs", and the "masks" of its args.
 Call = dict[str, Any]

@@ -8,8 +8,8 @@ from typing import Any
 
 import keras
 
-from parallel_keras import checks
-from parallel_keras.first_batch import first_batch
+from parallel_keras.steps import checks
+from parallel_keras.steps.first_batch import first_batch
 from parallel_keras.workers.agreement import Agreement, agree_on_seed, agree_on_state
 from parallel_keras.workers.connection import Workers
 from parallel_keras.workers.own_rows import Feed

@@ -13,28 +13,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-
-
-def symbol(leaf: Any) -> Any:
-    """What Keras knows of a tensor before there is one.
-
-    Args:
-        leaf: Tensor, array or `tf.TypeSpec`; anything else is left as it is.
-
-    Returns:
-        A `keras.KerasTensor`, or the leaf.
-
-    Example:
-    >>> import numpy as np
-    >>> from parallel_keras import building
-    >>> building.symbol(np.ones((2, 3), "float32")).shape
-    (2, 3)
-    """
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        return leaf
-    sparse = isinstance(leaf, (tf.SparseTensor, tf.SparseTensorSpec))
-    dtype = keras.backend.standardize_dtype(getattr(leaf.dtype, "name", leaf.dtype))
-    return keras.KerasTensor(tuple(leaf.shape), dtype, sparse=sparse)
+from parallel_keras.nests import is_dense, symbols
 
 
 def before_first_step(
@@ -77,7 +56,7 @@ def build_for_step(model: keras.Model, spec: Any, *, training: bool) -> None:
         return
     if not model.template.built:
         with tf.device(None):  # Weights go where they would go without the wrapper.
-            model.template(keras.tree.map_structure(symbol, data[0]))
+            model.template(symbols(data[0]))
     build_losses_and_metrics(model, data)
     if training and model.optimizer is not None and not model.optimizer.built:
         _build_optimizer(model.optimizer, model.trainable_variables)
@@ -107,22 +86,4 @@ def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> 
         model: The compiled model, whose `template` is built.
         data: Inputs, targets and sample weights of a batch, or their specs, dense.
     """
-    _compat.build_losses_and_metrics(model, keras.tree.map_structure(symbol, data))
-
-
-def is_dense(nest: Any) -> bool:
-    """Whether all tensors of a nest, or what their specs stand for, are dense.
-
-    Args:
-        nest: Nest of tensors or of `tf.TypeSpec`.
-
-    Returns:
-        Bool.
-
-    Example:
-    >>> from parallel_keras import building
-    >>> building.is_dense([tf.zeros(3), tf.SparseTensorSpec([3])])
-    False
-    """
-    other = (tf.SparseTensor, tf.RaggedTensor, tf.SparseTensorSpec, tf.RaggedTensorSpec)
-    return not any(isinstance(leaf, other) for leaf in keras.tree.flatten(nest))
+    _compat.build_losses_and_metrics(model, symbols(data))

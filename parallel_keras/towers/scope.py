@@ -1,13 +1,14 @@
 """Makes a model a pure function while it is called: reads and writes are caught."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from parallel_keras.state import is_seed, tower_seed
+from parallel_keras.towers.graph import is_handle
+from parallel_keras.towers.seeds import is_seed, tower_seed
 
 
 class TowerScope(keras.StatelessScope):
@@ -141,110 +142,3 @@ class TowerScope(keras.StatelessScope):
             value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
         value.set_shape(variable.shape)
         self._given[id(variable)] = self.state_mapping[id(variable)] = value
-
-
-def is_handle(source: tf.Tensor) -> bool:
-    """Whether a tower was given the handle of a variable instead of its value."""
-    return source.dtype == tf.resource
-
-
-@contextlib.contextmanager
-def calling(layer: keras.layers.Layer, call: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a layer calls this instead of its `call`.
-
-    It is put into the instance, where Python finds it before the class and Keras
-    does not take it for a layer or a weight.
-
-    Args:
-        layer: The layer, or model.
-        call: Function with the arguments of its `call`.
-    """
-    attributes = vars(layer)
-    before = attributes.get("call")
-    attributes["call"] = call
-    try:
-        yield
-    finally:
-        if before is None:
-            del attributes["call"]
-        else:
-            attributes["call"] = before
-
-
-def depends_on(tensor: tf.Tensor, sources: Sequence[tf.Tensor]) -> bool:
-    """Whether a tensor of a graph is computed from any of the sources, or at random.
-
-    Args:
-        tensor: Tensor of a `tf.function` that is being traced.
-        sources: Sequence of tensors of the same graph.
-
-    Returns:
-        `False` only if it is certainly the same whatever the sources are.
-    """
-    ends = {source.op.name for source in sources}
-    waiting, seen = [tensor.op], {tensor.op.name}
-    while waiting:
-        op = waiting.pop()
-        if op.name in ends or (op.op_def.is_stateful and op.type not in _READS):
-            return True
-        for parent in (value.op for value in op.inputs):
-            if parent.name not in seen:
-                seen.add(parent.name)
-                waiting.append(parent)
-    return False
-
-
-_READS = frozenset({"Placeholder", "ReadVariableOp", "VarHandleOp", "ResourceGather"})
-
-
-def hide_sizes(part: Any) -> Any:
-    """The same tensors, of which it is not known while tracing how many rows they have.
-
-    Args:
-        part: Nest of tensors.
-
-    Returns:
-        A nest like it.
-    """
-
-    def hide(leaf: Any) -> Any:
-        if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
-            return leaf
-        return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
-
-    return keras.tree.map_structure(hide, part)
-
-
-def hide_value(number: tf.Tensor) -> tf.Tensor:
-    """The same number, of which TensorFlow's optimiser does not know that it is a constant.
-
-    A function that is called with a constant gets a copy of its own for that call: one for
-    each tower, made one after the other before any tower starts.
-
-    Args:
-        number: Tensor of shape `()`.
-
-    Returns:
-        A tensor like it.
-    """
-    if tf.executing_eagerly():
-        return number
-    return tf.compat.v1.placeholder_with_default(number, number.shape)
-
-
-@contextlib.contextmanager
-def naming_tower(index: int, device: str) -> Iterator[None]:
-    """Tells which tower an error comes from.
-
-    Args:
-        index: Int, the number of the tower.
-        device: Its device.
-    """
-    try:
-        yield
-    except Exception as error:
-        # Keras makes a new error from the class and the message, so that is where it must stand.
-        if error.args and isinstance(error.args[0], str):
-            where = f"This happened in tower {index} on device {device}."
-            error.args = (f"{error.args[0]}\n\n{where}", *error.args[1:])
-        raise

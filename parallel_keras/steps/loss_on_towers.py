@@ -13,12 +13,12 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.losses import term_rule
-from parallel_keras.passes import as_call
-from parallel_keras.peers import talking_to
-from parallel_keras.scope import hide_value
 from parallel_keras.shard import Shards
-from parallel_keras.towers import Towers
+from parallel_keras.towers.collectives import talking_to
+from parallel_keras.towers.graph import hide_value
+from parallel_keras.towers.losses import term_rule
+from parallel_keras.towers.results import as_call
+from parallel_keras.towers.run import Towers
 
 
 class NeedsWholeBatch(Exception):  # noqa: N818 (it asks for the other path, it is not an error)

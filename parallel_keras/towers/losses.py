@@ -140,7 +140,7 @@ def decide(loss: Any) -> Decision:
         The `Decision`.
 
     Example:
-    >>> from parallel_keras import losses
+    >>> from parallel_keras.towers import losses
     >>> losses.decide("mse").reduction
     'mean'
     >>> losses.decide(keras.losses.Dice()).reason

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from parallel_keras.building import symbol
+from parallel_keras.nests import symbol
 
 
 def first_batch(data: Any) -> tuple[Any, Any]:
@@ -24,7 +24,7 @@ def first_batch(data: Any) -> tuple[Any, Any]:
 
     Example:
     >>> import numpy as np
-    >>> from parallel_keras import first_batch
+    >>> from parallel_keras.steps import first_batch
     >>> first_batch.first_batch({"a": np.ones((5, 3))})[0]["a"].shape
     (None, 3)
     """

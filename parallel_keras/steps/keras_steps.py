@@ -9,18 +9,20 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from parallel_keras import _compat, checks, losses, merge
-from parallel_keras.building import (
+from parallel_keras import _compat, merge
+from parallel_keras.nests import is_dense
+from parallel_keras.steps import checks
+from parallel_keras.steps.any_call import Runner
+from parallel_keras.steps.building import (
     before_first_step,
     build_for_step,
     build_losses_and_metrics,
-    is_dense,
 )
-from parallel_keras.gradients import Runner
-from parallel_keras.loss_step import LossStep, NeedsWholeBatch, StepResult
-from parallel_keras.peers import one_replica
-from parallel_keras.template_steps import LEARNING, TemplateSteps, overrides
-from parallel_keras.towers import Towers
+from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch, StepResult
+from parallel_keras.steps.template_steps import LEARNING, TemplateSteps, overrides
+from parallel_keras.towers import losses
+from parallel_keras.towers.collectives import one_replica
+from parallel_keras.towers.run import Towers
 
 
 class ParallelSteps(keras.Model):

@@ -10,11 +10,11 @@ from typing import Any
 import keras
 
 from parallel_keras import _compat
-from parallel_keras.gradients import Runner
-from parallel_keras.passes import as_call
-from parallel_keras.scope import calling
 from parallel_keras.shard import is_empty
-from parallel_keras.towers import Towers
+from parallel_keras.steps.any_call import Runner
+from parallel_keras.towers.graph import calling
+from parallel_keras.towers.results import as_call
+from parallel_keras.towers.run import Towers
 
 # Overriding one of them changes what `fit` and `evaluate` compute.
 LEARNING = ("train_step", "test_step", "compute_loss", "compute_metrics", "metrics")
@@ -32,7 +32,7 @@ def overrides(model: keras.Model, methods: tuple[str, ...], base: type = keras.M
         A list of names.
 
     Example:
-    >>> from parallel_keras import template_steps
+    >>> from parallel_keras.steps import template_steps
     >>> class Own(keras.Model):
     ...     def train_step(self, data):
     ...         return {}

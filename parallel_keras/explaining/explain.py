@@ -12,13 +12,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from parallel_keras import losses
 from parallel_keras.explaining.explanation import Explanation
 from parallel_keras.explaining.pieces import Data, Pieces
 from parallel_keras.explaining.step_times import TowerTimes
 from parallel_keras.explaining.stopwatch import Stopwatch
 from parallel_keras.model import DataParallelModel
-from parallel_keras.template_steps import LEARNING, overrides
+from parallel_keras.steps.template_steps import LEARNING, overrides
+from parallel_keras.towers import losses
 
 
 def explain(parallel: DataParallelModel, batch: Any, *, repeats: int = 20) -> Explanation:

@@ -6,7 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from parallel_keras import _compat, losses
+from parallel_keras import _compat
+from parallel_keras.towers import losses
 
 LOSS_ON = ("auto", "merged", "towers")
 RULES = ("mean", "pad", "sum", "whole")

@@ -34,7 +34,7 @@ def written_whole(target: str | os.PathLike[str]) -> Iterator[str]:
 
     Example:
     >>> import pathlib, tempfile
-    >>> from parallel_keras import atomic
+    >>> from parallel_keras.keras_api import atomic
     >>> target = pathlib.Path(tempfile.mkdtemp()) / "numbers.txt"
     >>> with atomic.written_whole(target) as path:
     ...     _ = pathlib.Path(path).write_text("1 2 3")

@@ -10,10 +10,10 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.passes import Call, Merged, Pass, floats
-from parallel_keras.scope import is_handle
-from parallel_keras.state import fingerprint
-from parallel_keras.towers import Towers
+from parallel_keras.towers.graph import is_handle
+from parallel_keras.towers.results import Call, Merged, Pass, floats
+from parallel_keras.towers.run import Towers
+from parallel_keras.towers.state import fingerprint
 
 
 class Recording:

@@ -92,7 +92,7 @@ def check_copies(
 
     Example: every fourth number is lost on the way to one device.
 
-    >>> from parallel_keras import self_check
+    >>> from parallel_keras.explaining import self_check
     >>> def copy(numbers, source, target):
     ...     if target == "GPU:1":
     ...         numbers[::4] = 0

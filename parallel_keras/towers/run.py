@@ -10,12 +10,13 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.devices import check_one_job
-from parallel_keras.passes import Call, Pass
-from parallel_keras.peers import Peers, make_tokens, meet, talking_to, token
-from parallel_keras.scope import TowerScope, depends_on, hide_sizes, hide_value, naming_tower
 from parallel_keras.shard import Shards
-from parallel_keras.state import StateRules, Updates, fingerprint
-from parallel_keras.weights import Tables, copies, read, value_of
+from parallel_keras.towers.collectives import Peers, make_tokens, meet, talking_to, token
+from parallel_keras.towers.graph import depends_on, hide_sizes, hide_value, naming_tower
+from parallel_keras.towers.results import Call, Pass
+from parallel_keras.towers.scope import TowerScope
+from parallel_keras.towers.state import StateRules, Updates, fingerprint
+from parallel_keras.towers.weights import Tables, copies, read, value_of
 from parallel_keras.workers.alone import Alone
 from parallel_keras.workers.connection import Workers
 
