@@ -6,7 +6,7 @@ The public names are `DataParallelModel`, `multi_gpu_model` and
 
 import keras
 
-__version__ = "0.1.0"
+from parallel_keras._version import __version__ as __version__
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(

@@ -18,13 +18,15 @@ from parallel_keras.keras_api.worker_loops import WorkerLoops
 from parallel_keras.nests import symbols
 from parallel_keras.shard import is_empty
 from parallel_keras.steps import checks
-from parallel_keras.steps.any_call import Runner
+from parallel_keras.steps.building import build_template
+from parallel_keras.steps.calls import Calls
 from parallel_keras.steps.first_batch import first_batch
 from parallel_keras.steps.keras_steps import ParallelSteps
 from parallel_keras.steps.template_steps import LEARNING, TemplateSteps, overrides
-from parallel_keras.towers.results import as_call
-from parallel_keras.towers.run import Towers
+from parallel_keras.towers.results import Call, Merged, as_call
+from parallel_keras.towers.run import Towers, current
 from parallel_keras.workers.agreement import agree_on_state, check_same, facts_of
+from parallel_keras.workers.alone import Alone
 from parallel_keras.workers.connection import connect
 
 
@@ -120,12 +122,13 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
                 f"towers. Received: a {type(template).__name__} on {list(template.devices)}. "
                 "Wrap what it wraps: DataParallelModel(model.template, devices=...)."
             )
-        workers = connect(strategy, own=checks.OWN_ROWS in (rules or {}).items())
-        task = "" if workers is None else workers.task
+        cluster = connect(strategy, own=checks.OWN_ROWS in (rules or {}).items())
+        task = "" if cluster is None else cluster.task
         names = resolve(devices, task)
-        if workers is not None:
-            workers.seat(len(names))
-        checks.check_template(template, len(names) if workers is None else workers.towers)
+        if cluster is not None:
+            cluster.seat(len(names))
+        workers = cluster or Alone(len(names))
+        checks.check_template(template, workers.towers)
         # Inputs are converted by the template, on the towers, not here.
         super().__init__(name=name, dtype=template.dtype_policy, autocast=False)
         checks.check_overrides(
@@ -143,10 +146,10 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
             "merge_device": merge_device,
             "rules": dict(rules or {}),
         }
-        self._workers = workers
+        self._workers, self._cluster = workers, cluster
         self._agreed = False
-        if workers is not None:
-            check_same(workers, facts_of(self))
+        if cluster is not None:
+            check_same(cluster, facts_of(self))
         self._run_as_compiled()
         if template.compiled:
             self._inherit_compile()
@@ -175,7 +178,13 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         """
         if is_empty((inputs, args)):
             return self._empty_outputs((inputs, *args), kwargs)
-        merged = self._runner(as_call((inputs, *args), kwargs, mask), training)
+
+        def flow(towers: Any, call: Call, training: Any) -> Merged:
+            shards = towers.shard(call)
+            results = towers.run(shards, training)
+            return towers.merge(results)
+
+        merged = self._calls.differentiable(flow, as_call((inputs, *args), kwargs, mask), training)
         if merged.terms:
             self.add_loss(merged.terms)
         return merged.attached()
@@ -227,33 +236,36 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
 
     def _inherit_compile(self, *, jit: bool = False) -> None:
         arguments = _compat.compile_arguments(self.template)
-        checks.check_compile(self.template, self._towers.workers.towers, jit=jit)
+        checks.check_compile(self.template, self._workers.towers, jit=jit)
         # The template's optimizer may already be wrapped for loss scaling.
-        own = {"optimizer": self.template.optimizer, "jit_compile": False, "auto_scale_loss": False}
-        super().compile(**{**arguments, **own})
+        ours = {
+            "optimizer": self.template.optimizer,
+            "jit_compile": False,
+            "auto_scale_loss": False,
+        }
+        super().compile(**{**arguments, **ours})
         self._run_as_compiled(jit=self.template.jit_compile, eager=self.run_eagerly)
 
     def _run_as_compiled(self, *, jit: bool = False, eager: bool = False) -> None:
         """Makes the towers anew, compiled by XLA or not traced at all if so asked."""
 
-        def towers(model: keras.Model) -> Towers:
-            made = Towers(
-                model, self.devices, self.merge_device, self.request["rules"], self._workers
-            )
-            made.configure(jit=jit, eager=eager)
-            return made
+        def calls_of(model: keras.Model) -> Calls:
+            def towers() -> Towers:
+                rules = self.request["rules"]
+                place = (self.devices, self.merge_device, rules, self._workers)
+                return Towers(model, *place, jit=jit, eager=eager)
 
-        self._towers = towers(self.template)
-        self._runner = Runner(self._towers, eager=eager)
-        self._template_steps = TemplateSteps(self.template, towers, eager=eager)
+            return Calls(current(towers), eager=eager)
+
+        self._calls = calls_of(self.template)
+        self._template_steps = TemplateSteps(self.template, calls_of)
 
     def _build_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the template's weights from the shapes and dtypes of a batch."""
-        with tf.device(None):  # weights go where they would go without this wrapper
-            self.template(*symbols(args), **kwargs)
-        if self._workers is not None:
+        build_template(self.template, args, kwargs)
+        if self._cluster is not None:
             checks.check_built(self.template)
-            agree_on_state(self, self._workers)
+            agree_on_state(self, self._cluster)
 
     def _empty_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the template would return for no rows, which no tower must be given."""

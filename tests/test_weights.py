@@ -14,6 +14,7 @@ import parallel_keras as pk
 from parallel_keras.towers import weights
 from parallel_keras.towers.graph import is_handle
 from parallel_keras.towers.run import Towers
+from parallel_keras.workers.alone import Alone
 from tests.parity import ATOL, RTOL, Waits, assert_same_fit, pair, rng, rows
 
 WORDS, WIDTH, TOKENS = 8192, 32, 5  # 1 MiB, so just large enough to stay
@@ -294,12 +295,17 @@ def test_copies_leave_handles_alone() -> None:
     assert weights.copies([]) == []
 
 
+def two_towers(template: keras.Model) -> Towers:
+    devices = ("/device:CPU:0", "/device:CPU:1")
+    return Towers(template, devices, devices[0], {}, Alone(2))
+
+
 def test_which_tables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     template = sentences()
-    towers = Towers(template, ("/device:CPU:0", "/device:CPU:1"), "/device:CPU:0", {})
+    towers = two_towers(template)
     kinds = collections.Counter(map(is_handle, towers.read_weights(tables=True)))
     assert kinds == {True: 1, False: 4}
     assert not any(map(is_handle, towers.read_weights()))
     monkeypatch.setattr(weights, "SMALLEST_TABLE", 2**40)
-    towers.configure(jit=False, eager=False)
+    towers = two_towers(template)
     assert not any(map(is_handle, towers.read_weights(tables=True)))

@@ -8,15 +8,16 @@ from typing import Any
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.model import DataParallelModel
 from parallel_keras.nests import is_dense
 from parallel_keras.shard import Shards
+from parallel_keras.steps.keras_steps import ParallelSteps
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch
 from parallel_keras.towers import losses
 from parallel_keras.towers.graph import is_handle
 from parallel_keras.towers.results import Pass, as_call
 from parallel_keras.towers.run import Towers
 from parallel_keras.towers.weights import copies
+from parallel_keras.workers.alone import Alone
 
 Data = tuple[Any, Any, Any]
 Piece = Callable[[Data], Any]
@@ -33,11 +34,10 @@ class Pieces:
         data: Inputs, targets and sample weights of one batch.
     """
 
-    def __init__(self, parallel: DataParallelModel, data: Data) -> None:
+    def __init__(self, parallel: ParallelSteps, data: Data) -> None:
         self.parallel = parallel
         # Towers of its own: what is traced here stays out of the model.
         self.towers = self._make_towers(parallel.devices)
-        # One tower that moves from device to device, so that it is traced only once.
         self._alone = self._make_towers(parallel.devices[:1])
         self.divided = self._finds_out_whether_divided(data)
 
@@ -49,7 +49,7 @@ class Pieces:
             "weights out": self._weights_out,
         }
         if self.divided:
-            pieces["towers"] = lambda data: self._run(self.towers, data).results
+            pieces["towers"] = lambda data: self._run(self.towers, data).run.results
             pieces["merging"] = self._merging
         else:
             pieces["towers"] = lambda data: self._forward(data).results
@@ -62,16 +62,14 @@ class Pieces:
     def alone(self, device: str) -> dict[str, Piece]:
         """What one tower does, up to each of its pieces, as if there were no others.
 
-        Must be traced before it is asked for another device.
-
         Args:
             device: String, its name.
         """
-        self._alone.devices = (device,)
+        alone = self._alone.on(device)
         return {
-            "weights out": _ending(lambda _: self._copies(self._alone)),
-            "forward": _ending(lambda data: self._forward(data, self._alone).results),
-            "backward": _ending(self._forward_and_backward),
+            "weights out": _ending(lambda _: self._copies(alone)),
+            "forward": _ending(lambda data: self._forward(data, alone).results),
+            "backward": _ending(lambda data: self._forward_and_backward(data, alone)),
         }
 
     def template_step(self, data: Data) -> Any:
@@ -82,20 +80,28 @@ class Pieces:
     def shards(self, data: Data) -> Shards:
         """The batch, cut."""
         x, y, sample_weight = data
-        return self.towers.cut({"call": as_call((x,), {}, None), "y": y, "weights": sample_weight})
+        return self.towers.shard(
+            {"call": as_call((x,), {}, None), "y": y, "weights": sample_weight}
+        )
 
     def _make_towers(self, devices: tuple[str, ...]) -> Towers:
         parallel = self.parallel
         rules = parallel.request["rules"]
-        towers = Towers(parallel.template, devices, parallel.merge_device, rules)
-        towers.configure(jit=parallel.template.jit_compile, eager=parallel.run_eagerly)
-        return towers
+        return Towers(
+            parallel.template,
+            devices,
+            parallel.merge_device,
+            rules,
+            Alone(len(devices)),
+            jit=parallel.template.jit_compile,
+            eager=parallel.run_eagerly,
+        )
 
     def _finds_out_whether_divided(self, data: Data) -> bool:
         if self.parallel.loss_path.reduction is None or not is_dense(data):
             return False
         try:
-            tf.function(lambda: self._run(self.towers, data).results).get_concrete_function()
+            tf.function(lambda: self._run(self.towers, data).run.results).get_concrete_function()
         except NeedsWholeBatch:
             return False
         return True
@@ -103,8 +109,8 @@ class Pieces:
     def _run(self, towers: Towers, data: Data) -> Any:
         parallel = self.parallel
         count = all(map(losses.is_additive, _compat.compiled_metrics(parallel)))
-        step = LossStep(towers, parallel, parallel.loss_path.reduction or "mean", count)
-        return step.run(data, training=True, loss_scale=None)
+        step = LossStep(towers, parallel, parallel.loss_path.reduction or "mean", count, True)
+        return step.merge(step.run(step.shard(data)))
 
     def _sharding(self, data: Data) -> Any:
         parts = []
@@ -126,20 +132,21 @@ class Pieces:
 
     def _forward(self, data: Data, towers: Towers | None = None) -> Pass:
         towers = towers or self.towers
-        shards = towers.cut(as_call((data[0],), {}, None))
+        shards = towers.shard(as_call((data[0],), {}, None))
         wanted = {id(variable) for variable in self.parallel.trainable_weights}
-        mine = [id(variable) in wanted for variable in self.parallel.template.variables]
+        variables = self.parallel.template.variables
 
-        def watch(own: list[tf.Tensor], part: Any) -> list[tf.Tensor]:
+        def watch(copied: list[tf.Tensor], part: Any) -> list[tf.Tensor]:
             del part
-            return [weight for weight, is_mine in zip(own, mine, strict=True) if is_mine]
+            pairs = zip(variables, copied, strict=True)
+            return [weight for variable, weight in pairs if id(variable) in wanted]
 
         return towers.forward(shards, towers.read_weights(tables=True), True, watch)
 
-    def _forward_and_backward(self, data: Data) -> Any:
+    def _forward_and_backward(self, data: Data, towers: Towers) -> Any:
         if self.divided:
-            return self._run(self._alone, data).results
-        alone = self._forward(data, self._alone)
+            return self._run(towers, data).run.results
+        alone = self._forward(data, towers)
         return alone.gradients([[tf.ones_like(part) for part in alone.parts()[0]]])
 
     def _loss_of_outputs(self, data: Data) -> Any:
@@ -154,8 +161,8 @@ class Pieces:
             terms = [tf.cast(term, tf.float32) for term in merged.terms]
             loss = tf.add_n([tf.zeros(()), *terms])
             if self.parallel.loss is not None:
-                own = _compat.data_loss(self.parallel, y, merged.attached(), sample_weight)
-                loss += tf.cast(own, tf.float32)
+                data_loss = _compat.data_loss(self.parallel, y, merged.attached(), sample_weight)
+                loss += tf.cast(data_loss, tf.float32)
         with tf.device(self.parallel.merge_device):
             return tape.gradient(loss, forward.parts())
 

@@ -7,16 +7,15 @@ from typing import Any
 
 import keras
 
+from parallel_keras.steps.wrapper import Wrapper
+
 # What Keras itself sets on the model that is compiled and trained.
 _OF_FIT = ("history", "loss", "loss_weights", "optimizer", "stop_training")
 _KEPT = (keras.layers.Layer, keras.metrics.Metric, keras.Variable, keras.optimizers.Optimizer)
 
 
-class TemplateAnswers:
-    """Mixin of `DataParallelModel` that hands questions on to `self.template`."""
-
-    template: keras.Model
-    devices: tuple[str, ...]
+class TemplateAnswers(Wrapper):
+    """The part of `DataParallelModel` that hands questions on to its template."""
 
     def __getattr__(self, name: str) -> Any:
         """The template's attribute or method of that name.
@@ -61,14 +60,14 @@ class TemplateAnswers:
             super().__setattr__(name, value)
 
     def _is_of_template(self, name: str) -> bool:
-        own = vars(self)
+        attributes = vars(self)
         return (
-            "template" in own
-            and name not in own
+            "template" in attributes
+            and name not in attributes
             and name not in _OF_FIT
             and not name.startswith("_")
             and not hasattr(type(self), name)
-            and not isinstance(vars(own["template"]).get(name, keras.Model), (type, *_KEPT))
+            and not isinstance(vars(attributes["template"]).get(name, keras.Model), (type, *_KEPT))
         )
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,11 @@ from absl import logging
 from parallel_keras import _compat
 from parallel_keras.devices import resolve
 from parallel_keras.keras_api.atomic import written_whole
-from parallel_keras.workers.connection import Workers
+from parallel_keras.steps.wrapper import Wrapper
 
 
-class TemplateFiles:
-    """Mixin of `DataParallelModel`: files hold `self.template` and nothing of the wrapper."""
-
-    template: keras.Model
-    name: str
-    loss_on: str
-    request: dict[str, Any]
-    _inherit_compile: Callable[[], None]
-    _workers: Workers | None
+class TemplateFiles(Wrapper):
+    """The part of `DataParallelModel` that files see: they hold the template, nothing of it."""
 
     def save(self, filepath: Any, overwrite: bool = True, *args: Any, **kwargs: Any) -> None:
         """Saves the template, with its compile arguments and optimizer state.
@@ -63,7 +55,7 @@ class TemplateFiles:
     @property
     def _writes(self) -> bool:
         """Whether this worker writes files: of several with the same weights the first does."""
-        return self._workers is None or self._workers.chief
+        return self._workers.chief
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Loads weights into the template.

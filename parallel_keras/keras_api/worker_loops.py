@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from parallel_keras.steps import checks
 from parallel_keras.steps.first_batch import first_batch
+from parallel_keras.steps.wrapper import Wrapper
 from parallel_keras.workers.agreement import Agreement, agree_on_seed, agree_on_state
-from parallel_keras.workers.connection import Workers
 from parallel_keras.workers.own_rows import Feed
+
+if TYPE_CHECKING:
+    from parallel_keras.workers.connection import Workers
 
 # They write one file for the whole run. Only the chief may; what BackupAndRestore
 # restores there reaches the others.
 _WRITERS = (keras.callbacks.BackupAndRestore, keras.callbacks.CSVLogger)
 
 
-class WorkerLoops(keras.Model):
-    """Base of `DataParallelModel`: Keras' loops, with an agreement before they start."""
-
-    template: keras.Model
-    _workers: Workers | None
-    _agreed: bool
-    _build_template: Callable[[tuple[Any, ...], dict[str, Any]], None]
+class WorkerLoops(Wrapper):
+    """The part of `DataParallelModel` that runs Keras' loops after workers agreed on a start."""
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as `keras.Model.fit` does, on all workers.
@@ -40,15 +38,15 @@ class WorkerLoops(keras.Model):
         Raises:
             ConnectionError: If another worker is gone or does not answer in time.
         """
-        if self._workers is None:
+        if self._cluster is None:
             return super().fit(*args, **kwargs)
         arguments = _by_name(super().fit, args, kwargs)
-        if self._workers.own:
-            feed = Feed(self._workers)
+        if self._cluster.own:
+            feed = Feed(self._cluster)
             feed.training(arguments)
             feed.validation(arguments)
         else:
-            agree_on_seed(self._workers, first=not self._agreed)
+            agree_on_seed(self._cluster, first=not self._agreed)
         return self._run(super().fit, arguments)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,11 +63,11 @@ class WorkerLoops(keras.Model):
             ConnectionError: If another worker is gone or does not answer in time.
         """
         # In `fit`, Keras evaluates what was prepared when it started.
-        if self._workers is None or "_use_cached_eval_dataset" in kwargs:
+        if self._cluster is None or "_use_cached_eval_dataset" in kwargs:
             return super().evaluate(*args, **kwargs)
         arguments = _by_name(super().evaluate, args, kwargs)
-        if self._workers.own:
-            Feed(self._workers).evaluation(arguments)
+        if self._cluster.own:
+            Feed(self._cluster).evaluation(arguments)
         return self._run(super().evaluate, arguments)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,11 +84,11 @@ class WorkerLoops(keras.Model):
         Raises:
             ConnectionError: If another worker is gone or does not answer in time.
         """
-        if self._workers is None:
+        if self._cluster is None:
             return super().predict(*args, **kwargs)
         arguments = _by_name(super().predict, args, kwargs)
-        if self._workers.own:
-            Feed(self._workers).evaluation(arguments)
+        if self._cluster.own:
+            Feed(self._cluster).evaluation(arguments)
         return self._run(super().predict, arguments)
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,18 +129,18 @@ class WorkerLoops(keras.Model):
     @property
     def bytes_per_step(self) -> int | None:
         """The bytes that this worker sends in a training step; `None` before the first one."""
-        return 0 if self._workers is None else self._workers.traffic.get("train")
+        return 0 if self._cluster is None else self._cluster.traffic.get("train")
 
     def _run(self, loop: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        workers = self._workers
-        if workers is None:
+        cluster = self._cluster
+        if cluster is None:
             return loop(**arguments)
         arguments["x"] = self._build_from(arguments.get("x"))
-        arguments["callbacks"] = _with_agreement(arguments.get("callbacks"), workers)
-        if not workers.chief and "verbose" in arguments and arguments["verbose"] == "auto":
+        arguments["callbacks"] = _with_agreement(arguments.get("callbacks"), cluster)
+        if not cluster.chief and "verbose" in arguments and arguments["verbose"] == "auto":
             arguments["verbose"] = 0
         self._agreed = True
-        with workers.naming_faults():
+        with cluster.naming_faults():
             return loop(**arguments)
 
     def _build_from(self, data: Any) -> Any:
@@ -155,14 +153,14 @@ class WorkerLoops(keras.Model):
         return data
 
     def _on_batch(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        workers = self._workers
-        if workers is None:
+        cluster = self._cluster
+        if cluster is None:
             return step(*args, **kwargs)
         self._build_from(args[0] if args else kwargs["x"])
         if not self._agreed:
-            agree_on_state(self, workers)
+            agree_on_state(self, cluster)
             self._agreed = True
-        with workers.naming_faults():
+        with cluster.naming_faults():
             return step(*args, **kwargs)
 
 

@@ -40,6 +40,18 @@ def before_first_step(
     return step
 
 
+def build_template(template: keras.Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Makes a model's weights from the shapes and dtypes of a batch.
+
+    Args:
+        template: The model.
+        args: Positional arguments of a call, or their specs.
+        kwargs: Keyword arguments of a call.
+    """
+    with tf.device(None):  # Weights go where they would go without the wrapper.
+        template(*symbols(args), **kwargs)
+
+
 def build_for_step(model: keras.Model, spec: Any, *, training: bool) -> None:
     """Makes what the step of a compiled model needs: weights, losses, metrics, optimizer.
 
@@ -55,8 +67,7 @@ def build_for_step(model: keras.Model, spec: Any, *, training: bool) -> None:
     if not is_dense(data):
         return
     if not model.template.built:
-        with tf.device(None):  # Weights go where they would go without the wrapper.
-            model.template(symbols(data[0]))
+        build_template(model.template, (data[0],), {})
     build_losses_and_metrics(model, data)
     if training and model.optimizer is not None and not model.optimizer.built:
         _build_optimizer(model.optimizer, model.trainable_variables)

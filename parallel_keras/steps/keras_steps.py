@@ -12,32 +12,23 @@ import tensorflow as tf
 from parallel_keras import _compat, merge
 from parallel_keras.nests import is_dense
 from parallel_keras.steps import checks
-from parallel_keras.steps.any_call import Runner
 from parallel_keras.steps.building import (
     before_first_step,
     build_for_step,
     build_losses_and_metrics,
 )
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch, StepResult
-from parallel_keras.steps.template_steps import LEARNING, TemplateSteps, overrides
+from parallel_keras.steps.template_steps import LEARNING, overrides
+from parallel_keras.steps.wrapper import Wrapper
 from parallel_keras.towers import losses
 from parallel_keras.towers.collectives import one_replica
-from parallel_keras.towers.run import Towers
+from parallel_keras.towers.results import assign
+
+Data = tuple[Any, Any, Any]
 
 
-class ParallelSteps(keras.Model):
-    """Base of `DataParallelModel`: the steps that Keras' own loops call."""
-
-    template: keras.Model
-    loss_on: str
-    merge_device: str
-    devices: tuple[str, ...]
-    _parallel_call: Any
-    _runner: Runner
-    _towers: Towers
-    _template_steps: TemplateSteps
-    train_function: Any
-    test_function: Any
+class ParallelSteps(Wrapper):
+    """The part of `DataParallelModel` that Keras' own loops call for each batch."""
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`: losses and gradients of the whole batch, one update.
@@ -50,19 +41,19 @@ class ParallelSteps(keras.Model):
         """
         if self._follows_template():
             return self._template_steps.run("train_step", self._whole(data))
-        logs = self._step_on_towers(keras.utils.unpack_x_y_sample_weight(data), training=True)
-        if logs is not None:
-            return logs
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._whole(data))
-        with tf.GradientTape() as tape, self._runner.record(tape) as recording:
-            y_pred = self(x, training=True)
-            with tf.device(self.merge_device):
-                loss = self._loss(x, y, y_pred, sample_weight, training=True)
-                scaled = loss if self.optimizer is None else self.optimizer.scale_loss(loss)
-        self._apply(recording.gradients(scaled, self.trainable_weights))
-        with tf.device(self.merge_device):
-            self._track(loss, recording.rows)
-            return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        step, batch = self._step_on_towers(data, training=True)
+        if step is None:
+            return self._train_on_merged(self._whole(data))
+        try:
+            shards = step.shard(batch)
+            results = step.run(shards)
+        except NeedsWholeBatch as error:
+            checks.check_may_merge(self.loss_on, error)
+            return self._train_on_merged(self._whole(data))
+        merged = step.merge(results)
+        assign(merged.state)
+        loss = self._update(merged)
+        return self._logs(merged, loss, batch)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """One step of `evaluate`: losses and metrics of the whole batch.
@@ -75,16 +66,19 @@ class ParallelSteps(keras.Model):
         """
         if self._follows_template():
             return self._template_steps.run("test_step", self._whole(data))
-        logs = self._step_on_towers(keras.utils.unpack_x_y_sample_weight(data), training=False)
-        if logs is not None:
-            return logs
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._whole(data))
-        with self._runner.record(None) as recording:
-            y_pred = self(x, training=False)
-        with tf.device(self.merge_device):
-            loss = self._loss(x, y, y_pred, sample_weight, training=False)
-            self._track(loss, recording.rows)
-            return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        step, batch = self._step_on_towers(data, training=False)
+        if step is None:
+            return self._test_on_merged(self._whole(data))
+        try:
+            shards = step.shard(batch)
+            results = step.run(shards)
+        except NeedsWholeBatch as error:
+            checks.check_may_merge(self.loss_on, error)
+            return self._test_on_merged(self._whole(data))
+        merged = step.merge(results)
+        assign(merged.state)
+        loss, _ = self._with_penalty(merged)
+        return self._logs(merged, loss, batch)
 
     def predict_step(self, data: Any) -> Any:
         """One step of `predict`: the merged outputs.
@@ -97,10 +91,10 @@ class ParallelSteps(keras.Model):
         """
         if overrides(self.template, ("predict_step",)):
             outputs = self._template_steps.run("predict_step", self._whole(data))
-            return self._towers.workers.own_rows(outputs, data)
+            return self._workers.own_rows(outputs, data)
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        with self._runner.record(None):
-            return self._towers.workers.own_rows(self(self._whole(x), training=False), x)
+        with self._calls.record(None):
+            return self._workers.own_rows(self(self._whole(x), training=False), x)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Makes the function that `fit` calls for each step, as Keras does.
@@ -157,7 +151,7 @@ class ParallelSteps(keras.Model):
         """Whether the next step to be traced computes the loss on the towers, and why not."""
         if self._follows_template():
             return losses.Decision(None, "the template has steps of its own")
-        if self._towers.workers.towers == 1 or self.loss_on == "merged":
+        if self._workers.towers == 1 or self.loss_on == "merged":
             return losses.Decision(None, "there is one tower, or the merged batch is asked for")
         calls = type(self).call is not self._parallel_call.__func__
         if self._overrides("compute_loss") or calls:
@@ -180,63 +174,90 @@ class ParallelSteps(keras.Model):
 
     def _steps_are_ours(self) -> bool:
         """Whether it is known what the steps will need, and they are traced at all."""
-        own = overrides(self, LEARNING, ParallelSteps)
-        return not (own or self._follows_template() or self.run_eagerly)
+        overridden = overrides(self, LEARNING, ParallelSteps)
+        return not (overridden or self._follows_template() or self.run_eagerly)
 
-    def _step_on_towers(
-        self, data: tuple[Any, Any, Any], *, training: bool
-    ) -> dict[str, Any] | None:
+    def _step_on_towers(self, data: Any, *, training: bool) -> tuple[LossStep | None, Data]:
         """The step with the loss on the towers; `None` where it goes over the merged batch."""
+        batch: Data = keras.utils.unpack_x_y_sample_weight(data)
         reduction = self.loss_path.reduction
-        if reduction is None or not is_dense(data):
-            return None
-        build_losses_and_metrics(self, data)
+        if reduction is None or not is_dense(batch):
+            return None, batch
+        build_losses_and_metrics(self, batch)
         metrics = _compat.compiled_metrics(self)
         count = not self._overrides("compute_metrics") and all(map(losses.is_additive, metrics))
-        if not count:
-            data = self._whole(data)
-        step = LossStep(self._towers, self, reduction, count)
-        try:
-            result = step.run(data, training=training, loss_scale=self._loss_scale(training))
-        except NeedsWholeBatch as error:
-            checks.check_may_merge(self.loss_on, error)
-            return None
-        for variable, value in result.state:
-            variable.assign(value)
-        x, y, sample_weight = data
-        loss = self._finish(result, training=training)
+        scale = self._loss_scale(training)
+        step = LossStep(self._calls.towers(), self, reduction, count, training, scale)
+        return step, batch if count else self._whole(batch)
+
+    def _train_on_merged(self, data: Any) -> dict[str, Any]:
+        """A training step whose loss is computed from the merged outputs."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape, self._calls.record(tape) as recording:
+            y_pred = self(x, training=True)
+            with tf.device(self.merge_device):
+                loss = self._loss(x, y, y_pred, sample_weight, training=True)
+                scaled = loss if self.optimizer is None else self.optimizer.scale_loss(loss)
+        self._apply(recording.gradients(scaled, self.trainable_weights))
         with tf.device(self.merge_device):
-            result.update_counters()
-            self._track(loss, result.shards.total)
-            if count:
-                return self.get_metrics_result()
-            return self.compute_metrics(x, y, result.outputs(), sample_weight=sample_weight)
+            self._track(loss, recording.rows)
+            return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _test_on_merged(self, data: Any) -> dict[str, Any]:
+        """A test step whose loss is computed from the merged outputs."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with self._calls.record(None) as recording:
+            y_pred = self(x, training=False)
+        with tf.device(self.merge_device):
+            loss = self._loss(x, y, y_pred, sample_weight, training=False)
+            self._track(loss, recording.rows)
+            return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _whole(self, data: Any) -> Any:
         """The rows of all workers, where each feeds its own."""
-        return self._towers.workers.whole_batch(data)
+        return self._workers.whole_batch(data)
 
-    def _finish(self, result: StepResult, *, training: bool) -> tf.Tensor:
-        """Adds the weight regularisers, which count once, and updates the weights."""
+    def _update(self, merged: StepResult) -> tf.Tensor:
+        """Updates the weights once, and returns the loss with weight regularisers."""
+        loss, penalties = self._with_penalty(merged, training=True)
+        with tf.device(self.merge_device):
+            gradients = [
+                merge.total(pair) for pair in zip(merged.gradients(), penalties, strict=True)
+            ]
+        self._apply(gradients)
+        return loss
+
+    def _with_penalty(
+        self, merged: StepResult, *, training: bool = False
+    ) -> tuple[tf.Tensor, list[Any]]:
+        """The loss with the weight regularisers, which count once, and their gradients."""
         variables = self.trainable_weights
         with tf.device(self.merge_device):
+            loss = merged.loss()
             with tf.GradientTape() as tape:
                 penalties = [
-                    tf.cast(variable.regularizer(variable), result.loss().dtype)
+                    tf.cast(variable.regularizer(variable), loss.dtype)
                     for variable in variables
                     if variable.regularizer is not None
                 ]
                 penalty = tf.add_n(penalties) if penalties else None
                 scaled = self.optimizer.scale_loss(penalty) if penalties and training else None
-            loss = result.loss() if penalty is None else result.loss() + penalty
+            if penalty is None:
+                return loss, [None] * len(variables)
             if not training:
-                return loss
-            gradients = result.gradients()
-            if penalty is not None:
-                own = tape.gradient(scaled, [variable.value for variable in variables])
-                gradients = [merge.total(pair) for pair in zip(gradients, own, strict=True)]
-        self._apply(gradients)
-        return loss
+                return loss + penalty, []
+            values = [variable.value for variable in variables]
+            return loss + penalty, tape.gradient(scaled, values)
+
+    def _logs(self, merged: StepResult, loss: tf.Tensor, batch: Data) -> dict[str, Any]:
+        """Updates the metrics, and returns their values."""
+        with tf.device(self.merge_device):
+            merged.update_counters()
+            self._track(loss, merged.rows)
+            if merged.step.count:
+                return self.get_metrics_result()
+            x, y, sample_weight = batch
+            return self.compute_metrics(x, y, merged.outputs(), sample_weight=sample_weight)
 
     def _apply(self, gradients: list[Any]) -> None:
         if self.trainable_weights:

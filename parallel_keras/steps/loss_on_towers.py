@@ -7,7 +7,7 @@ scalars and the metrics' counts.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -17,17 +17,70 @@ from parallel_keras.shard import Shards
 from parallel_keras.towers.collectives import talking_to
 from parallel_keras.towers.graph import hide_value
 from parallel_keras.towers.losses import term_rule
-from parallel_keras.towers.results import as_call
-from parallel_keras.towers.run import Towers
+from parallel_keras.towers.results import State, Updates, as_call
+from parallel_keras.workers.message import Message
+
+if TYPE_CHECKING:
+    from parallel_keras.towers.run import Towers
 
 
 class NeedsWholeBatch(Exception):  # noqa: N818 (it asks for the other path, it is not an error)
     """The loss turned out, while tracing, not to be a sum over rows."""
 
 
+class LossResult(NamedTuple):
+    """What one tower returns from a step.
+
+    Attributes:
+        loss: Its part of the loss of the whole batch.
+        trackers: The mean losses of single outputs over its rows.
+        gradients: Those of its part of the loss.
+        counts: How far the variables of compiled losses and metrics came, from zero.
+        outputs: The model's outputs, or `None` if the towers count.
+        state: What was assigned and depends on the shard.
+        constant: What was assigned and does not.
+    """
+
+    loss: tf.Tensor
+    trackers: list[tf.Tensor]
+    gradients: list[Any]
+    counts: list[tf.Tensor]
+    outputs: Any
+    state: Updates
+    constant: Updates
+
+    def message(self) -> Message:
+        """What the other workers need of it."""
+        state = (self.counts, self.state, self.constant)
+        return Message(self.gradients, self.outputs, (self.loss, self.trackers), (), state)
+
+    def received(self, message: Message) -> LossResult:
+        """The result of the tower that the message is from."""
+        (loss, trackers), (counts, state, constant) = message.numbers, message.state
+        return LossResult(
+            loss, trackers, message.gradients, counts, message.by_rows, state, constant
+        )
+
+
+class TowerRun(NamedTuple):
+    """What the towers were given in a step, and what they returned.
+
+    Attributes:
+        shards: The `Shards` of the batch.
+        weights: What was read for each of the template's variables.
+        scales: The weight of each tower's compiled loss.
+        results: What each tower of all workers returned.
+    """
+
+    shards: Shards
+    weights: list[tf.Tensor]
+    scales: list[tf.Tensor]
+    results: list[LossResult]
+
+
 @dataclasses.dataclass(frozen=True)
 class LossStep:
-    """A forward pass, loss and gradients on each tower.
+    """A forward pass, loss and gradients on each tower: `shard`, `run`, `merge`.
 
     Args:
         towers: The `Towers`.
@@ -35,88 +88,97 @@ class LossStep:
         reduction: `"mean"` or `"sum"`, how the towers' losses add up.
         count: Whether the towers update the compiled metrics too; if not, they
             return their outputs.
+        training: Whether gradients are computed.
+        loss_scale: Scalar that the loss is multiplied by before gradients are taken,
+            or `None`. Defaults to `None`.
     """
 
     towers: Towers
     model: keras.Model
     reduction: str
     count: bool
+    training: bool
+    loss_scale: Any = None
 
-    def run(self, data: tuple[Any, Any, Any], *, training: bool, loss_scale: Any) -> StepResult:
-        """Runs the step.
+    def shard(self, data: tuple[Any, Any, Any]) -> Shards:
+        """Cuts inputs, targets and sample weights (or `None`) of the batch."""
+        x, y, sample_weight = data
+        batch = {"call": as_call((x,), {}, None), "y": y, "weights": sample_weight}
+        return self.towers.shard(batch, own=self.count)
+
+    def run(self, shards: Shards) -> TowerRun:
+        """Runs the towers.
 
         Args:
-            data: Inputs, targets and sample weights (or `None`) of the batch.
-            training: Whether gradients are computed.
-            loss_scale: Scalar that the loss is multiplied by before gradients
-                are taken, or `None`.
+            shards: The batch, cut.
 
         Returns:
-            The `StepResult`.
+            The `TowerRun`.
 
         Raises:
             NeedsWholeBatch: While tracing, if outputs have masks or no row axis:
                 then the loss of the batch is not the mean of those of the shards.
         """
-        x, y, sample_weight = data
-        call = as_call((x,), {}, None)
-        shards = self.towers.cut({"call": call, "y": y, "weights": sample_weight}, own=self.count)
-        weights = self.towers.read_weights(tables=True)
-        with tf.device(self.towers.merge_device):
+        towers = self.towers
+        weights = towers.read_weights(tables=True)
+        with tf.device(towers.merge_device):
             shares = [hide_value(share) for share in shards.shares()]
             # A tower that only stands in must not add to a sum either.
             signs = [tf.sign(share) for share in shares]
         scales = signs if self.reduction == "sum" else shares
-        first = self.towers.workers.first
-        numbers = iter([*zip(scales, shares, strict=True)][first:])
+        numbers = iter([*zip(scales, shares, strict=True)][towers.workers.first :])
 
-        def run(body: Any, own: list[tf.Tensor], *rest: Any) -> Any:
-            return body(own, *rest, next(numbers), loss_scale, training)
+        def call(body: Any, device: str, *given: Any) -> Any:
+            del device
+            return body(*given, next(numbers), self.loss_scale)
 
         # Kept as calls, towers start and run faster: nothing of theirs is needed outside.
-        results = self.towers.on_each(self.on_tower, shards, weights, run, inline=False)
-        results = self.towers.workers.join(results, "train" if training else "test", shards)
-        state = self.towers.merge_state(results, weights, shards)
-        return StepResult(self, shards, results, scales, state)
+        results = towers.run(self.on_tower, shards, weights, call, inline=False)
+        topic = "train" if self.training else "test"
+        return TowerRun(shards, weights, scales, towers.workers.join(results, topic, shards))
+
+    def merge(self, run: TowerRun) -> StepResult:
+        """Joins what the towers returned."""
+        state = self.towers.merge_state(run.results, run.weights, run.shards)
+        return StepResult(self, run, state)
 
     def on_tower(
         self,
         weights: list[tf.Tensor],
-        tower: tf.Tensor | None,
+        number: tf.Tensor | None,
         peers: Any,
         part: dict[str, Any],
         scales: tuple[tf.Tensor, tf.Tensor],
         loss_scale: tf.Tensor | None,
-        training: bool,
-    ) -> dict[str, Any]:
+    ) -> LossResult:
         """The tower function of this step: nothing outside of it is changed."""
-        counters = self.counters()
+        tower, counters = self.towers.tower, self.counters()
         zeros = [tf.zeros(counter.shape, counter.dtype) for counter in counters]
-        scope = self.towers.scope(weights, tower, counters, zeros)
-        sources = self._sources(weights) if training else []
+        scope = tower.scope(weights, number, counters, zeros)
+        sources = self._sources(weights) if self.training else []
         tape = tf.GradientTape(watch_accessed_variables=False)
         with scope, talking_to(peers), tape:
             tape.watch(sources)
-            y_pred = self.towers.call_template(scope, part["call"], training)
+            y_pred = tower.call_template(scope, part["call"], self.training)
             _check_rows(y_pred)
-            own = _compat.data_loss(self.model, part["y"], y_pred, part["weights"])
-            loss = self._weighted(own, scope.terms, *scales)
+            data_loss = _compat.data_loss(self.model, part["y"], y_pred, part["weights"])
+            loss = self._weighted(data_loss, scope.terms, *scales)
         up = None if loss_scale is None else tf.cast(loss_scale, loss.dtype)
         gradients = tape.gradient(loss, sources, output_gradients=up) if sources else []
         with scope, talking_to(peers):
-            losses = [tracker.result() for tracker in _compat.loss_trackers(self.model)]
+            trackers = [tracker.result() for tracker in _compat.loss_trackers(self.model)]
             if self.count:
                 _compat.update_metrics(self.model, part["y"], y_pred, part["weights"])
-        varying, constant = self.towers.updates(scope, (part, tower), ignore=counters)
-        return {
-            "loss": loss,
-            "losses": losses,
-            "gradients": gradients,
-            "counts": [scope.latest(counter) for counter in counters],
-            "outputs": None if self.count else y_pred,
-            "state": varying,
-            "constant": constant,
-        }
+        state, constant = tower.updates(scope, (part, number), ignore=counters)
+        return LossResult(
+            loss=loss,
+            trackers=trackers,
+            gradients=gradients,
+            counts=[scope.latest(counter) for counter in counters],
+            outputs=None if self.count else y_pred,
+            state=state,
+            constant=constant,
+        )
 
     def counters(self) -> list[keras.Variable]:
         """The variables of compiled losses and metrics; each tower starts them at zero."""
@@ -130,70 +192,71 @@ class LossStep:
 
     def _weighted(
         self,
-        own: tf.Tensor,
+        data_loss: tf.Tensor,
         terms: dict[str, list[tf.Tensor]],
         scale: tf.Tensor,
         share: tf.Tensor,
     ) -> tf.Tensor:
         """This tower's part of the loss of the whole batch."""
-        loss = own * tf.cast(scale, own.dtype)
+        loss = data_loss * tf.cast(scale, data_loss.dtype)
         for source, values in terms.items():
             weight = tf.sign(share) if term_rule(source, self.towers.rules) == "sum" else share
             for term in values:
-                loss += tf.cast(tf.reduce_sum(term), own.dtype) * tf.cast(weight, own.dtype)
+                loss += tf.cast(tf.reduce_sum(term), loss.dtype) * tf.cast(weight, loss.dtype)
         return loss
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What the towers returned from one step.
+    """A step as one, of what its towers returned.
 
     Attributes:
         step: The `LossStep`.
-        shards: The `Shards` of the batch.
-        results: For each tower what `LossStep.on_tower` returned.
-        scales: The weight of each tower's compiled loss.
+        run: The `TowerRun`.
         state: The merged new value of each variable that the model assigned.
     """
 
     step: LossStep
-    shards: Shards
-    results: list[dict[str, Any]]
-    scales: list[tf.Tensor]
-    state: list[tuple[keras.Variable, tf.Tensor]]
+    run: TowerRun
+    state: State
+
+    @property
+    def rows(self) -> Any:
+        """The rows of the batch."""
+        return self.run.shards.total
 
     def loss(self) -> tf.Tensor:
         """The loss of the whole batch, without weight regularisers."""
-        return tf.add_n([result["loss"] for result in self.results])
+        return tf.add_n([result.loss for result in self.run.results])
 
     def gradients(self) -> list[Any]:
         """The gradients of `loss()`, one for each trainable weight."""
-        towers = [result["gradients"] for result in self.results]
-        return [merge.total(column) for column in zip(*towers, strict=True)]
+        columns = zip(*[result.gradients for result in self.run.results], strict=True)
+        return [merge.total(column) for column in columns]
 
     def outputs(self) -> Any:
         """The merged outputs; only if the towers do not count."""
-        parts = [result["outputs"] for result in self.results]
-        return merge.outputs(parts, self.shards, self.step.towers.rules)
+        parts = [result.outputs for result in self.run.results]
+        return merge.outputs(parts, self.run.shards, self.step.towers.rules)
 
     def update_counters(self) -> None:
         """Adds what the towers counted to compiled metrics and loss trackers."""
-        model = self.step.model
+        model, results = self.step.model, self.run.results
         for tracker, *values in zip(
-            _compat.loss_trackers(model), *[r["losses"] for r in self.results], strict=True
+            _compat.loss_trackers(model), *[result.trackers for result in results], strict=True
         ):
-            pairs = zip(values, self.scales, strict=True)
+            pairs = zip(values, self.run.scales, strict=True)
             value = tf.add_n([value * tf.cast(scale, value.dtype) for value, scale in pairs])
-            rows = self.shards.total
             # Keras weights this mean by the batch size where it is known while tracing.
-            tracker.update_state(value, sample_weight=rows if isinstance(rows, int) else None)
+            weight = self.rows if isinstance(self.rows, int) else None
+            tracker.update_state(value, sample_weight=weight)
         if not self.step.count:
             return
         trackers = {id(v) for m in _compat.loss_trackers(model) for v in m.variables}
-        counts = zip(*[result["counts"] for result in self.results], strict=True)
+        counts = zip(*[result.counts for result in results], strict=True)
         for counter, added in zip(self.step.counters(), counts, strict=True):
             if id(counter) not in trackers:
-                counter.assign_add(merge.live_sum(added, self.shards.shares()))
+                counter.assign_add(merge.live_sum(added, self.run.shards.shares()))
 
 
 def _check_rows(y_pred: Any) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
 from parallel_keras import _compat
 from parallel_keras.shard import is_empty
-from parallel_keras.steps.any_call import Runner
 from parallel_keras.towers.graph import calling
-from parallel_keras.towers.results import as_call
-from parallel_keras.towers.run import Towers
+from parallel_keras.towers.results import Call, Merged, as_call
+
+if TYPE_CHECKING:
+    from parallel_keras.steps.calls import Calls
 
 # Overriding one of them changes what `fit` and `evaluate` compute.
 LEARNING = ("train_step", "test_step", "compute_loss", "compute_metrics", "metrics")
@@ -33,10 +34,10 @@ def overrides(model: keras.Model, methods: tuple[str, ...], base: type = keras.M
 
     Example:
     >>> from parallel_keras.steps import template_steps
-    >>> class Own(keras.Model):
+    >>> class Custom(keras.Model):
     ...     def train_step(self, data):
     ...         return {}
-    >>> template_steps.overrides(Own(), ("train_step", "test_step"))
+    >>> template_steps.overrides(Custom(), ("train_step", "test_step"))
     ['train_step']
     """
     return [name for name in methods if getattr(type(model), name) is not getattr(base, name)]
@@ -52,17 +53,17 @@ class TemplateSteps:
 
     Args:
         template: The model whose steps are meant.
-        make_towers: Function from a model to its `Towers`.
-        eager: Whether nothing is traced.
+        make_calls: Function from a model to what runs its calls on towers.
     """
 
     def __init__(
-        self, template: keras.Model, make_towers: Callable[[keras.Model], Towers], *, eager: bool
+        self,
+        template: keras.Model,
+        make_calls: Callable[[keras.Model], Calls],
     ) -> None:
         self._template = template
-        self._make_towers = make_towers
-        self._eager = eager
-        self._runners: dict[int, Runner] = {}
+        self._make_calls = make_calls
+        self._calls: dict[int, Calls] = {}
 
     def run(self, step: str, data: Any) -> Any:
         """Runs a step.
@@ -82,19 +83,26 @@ class TemplateSteps:
                 )
             return getattr(self._template, step)(data)
 
-    def _call(self, model: keras.Model, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What a model's `call` is during a step; `own` is what it was."""
+    def _call(
+        self, model: keras.Model, whole: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What a model's `call` is during a step; `whole` is what it was."""
         on_a_tower = _compat.in_stateless_scope()
         # Keras adds the term of a model's own activity regulariser after its call, here as there.
         if on_a_tower or is_empty((args, kwargs)) or model.activity_regularizer is not None:
-            return own(*args, **kwargs)
+            return whole(*args, **kwargs)
         training = kwargs.pop("training", _compat.training_of_call(model))
         mask = kwargs.pop("mask", None)
-        runner = self._runners.get(id(model))
-        if runner is None:
-            runner = Runner(self._make_towers(model), eager=self._eager)
-            self._runners[id(model)] = runner
-        merged = runner(as_call(args, kwargs, mask), training)
+        if id(model) not in self._calls:
+            self._calls[id(model)] = self._make_calls(model)
+
+        def flow(towers: Any, call: Call, training: Any) -> Merged:
+            shards = towers.shard(call)
+            results = towers.run(shards, training)
+            return towers.merge(results)
+
+        call = as_call(args, kwargs, mask)
+        merged = self._calls[id(model)].differentiable(flow, call, training)
         if merged.terms:
             model.add_loss(merged.terms)
         return merged.attached()

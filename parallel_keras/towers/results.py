@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
+from parallel_keras.nests import floats
 from parallel_keras.shard import Shards
 from parallel_keras.towers.losses import term_rule
+from parallel_keras.workers.message import Message
 
-# One call of a model: its "args", its "kwargs", and the "masks" of its args.
-Call = dict[str, Any]
+# Values that a tower gave to a variable, in order, by the number of the variable.
+Updates = dict[int, list[tf.Tensor]]
+# The new value of each variable that was assigned.
+State = list[tuple[keras.Variable, tf.Tensor]]
+
+
+class Call(TypedDict):
+    """One call of a model: a nest that is cut by rows."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    masks: Any  # of the args, a nest like them
 
 
 def as_call(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Call:
@@ -32,6 +44,36 @@ def as_call(args: tuple[Any, ...], kwargs: dict[str, Any], mask: Any) -> Call:
     if mask is not None:
         masks = (mask, *masks[1:])
     return {"args": args, "kwargs": kwargs, "masks": masks}
+
+
+class CallResult(NamedTuple):
+    """What one tower returns from one call of the model.
+
+    Attributes:
+        outputs: Nest of tensors.
+        masks: Their masks, a nest like it.
+        logits: What a softmax or sigmoid at the end was computed from, a nest like it.
+        terms: What layers gave to `add_loss`, by where it came from, see `TowerScope`.
+        state: What was assigned and depends on the shard.
+        constant: What was assigned and does not.
+    """
+
+    outputs: Any
+    masks: Any
+    logits: Any
+    terms: dict[str, list[tf.Tensor]]
+    state: Updates
+    constant: Updates
+
+    def message(self) -> Message:
+        """What the other workers need of it."""
+        by_rows = (self.outputs, self.masks, self.logits)
+        return Message([], by_rows, (), self.terms, (self.state, self.constant))
+
+    def received(self, message: Message) -> CallResult:
+        """The result of the tower that the message is from."""
+        (outputs, masks, logits), (state, constant) = message.by_rows, message.state
+        return CallResult(outputs, masks, logits, message.terms, state, constant)
 
 
 class Merged(NamedTuple):
@@ -56,52 +98,80 @@ class Merged(NamedTuple):
         return self.outputs
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Taped:
+    """The way back through one tower.
+
+    Attributes:
+        device: Where the tower ran.
+        tape: The tape of its gradients.
+        sources: The tensors to take gradients for.
+    """
+
+    device: str
+    tape: tf.GradientTape
+    sources: list[tf.Tensor]
+
+    def gradients(self, parts: list[tf.Tensor], upstream: Sequence[tf.Tensor | None]) -> list[Any]:
+        """Gradients of the sources, computed on the tower's device.
+
+        Args:
+            parts: What the tower returned and a gradient may flow to.
+            upstream: The gradients of those.
+
+        Returns:
+            A list, one entry for each source.
+        """
+        reached = [(part, up) for part, up in zip(parts, upstream, strict=True) if up is not None]
+        if not reached:
+            return [None] * len(self.sources)
+        targets, ups = zip(*reached, strict=True)
+        with tf.device(self.device):
+            return self.tape.gradient(list(targets), self.sources, output_gradients=list(ups))
+
+
+@dataclasses.dataclass(frozen=True)
 class Pass:
     """What the towers returned from one call.
 
     Attributes:
         shards: The `Shards` they were given.
-        results: For each tower a dict with `outputs`, `masks`, `logits` and `losses`.
-        own: Those of the towers of this worker; they are all, without other workers.
+        results: What each tower of all workers returned.
+        here: What each tower of this worker returned; they are all, without other workers.
         state: The merged new value of each variable that was assigned.
         rules: How outputs and losses are joined, by name.
         merge_device: Where.
-        tapes: For each tower the tape of its gradients; empty if there are none.
-        sources: For each tower the tensors to take gradients for.
-        devices: Where each tower ran.
+        tapes: For each tower here the way back; empty if there is none.
     """
 
     shards: Shards
-    results: list[dict[str, Any]]
-    own: list[dict[str, Any]]
-    state: list[tuple[keras.Variable, tf.Tensor]]
+    results: list[CallResult]
+    here: list[CallResult]
+    state: State
     rules: Mapping[str, str]
     merge_device: str
-    devices: tuple[str, ...]
-    tapes: list[tf.GradientTape] = dataclasses.field(default_factory=list)
-    sources: list[list[tf.Tensor]] = dataclasses.field(default_factory=list)
+    tapes: list[Taped] = dataclasses.field(default_factory=list)
 
     def merged(self) -> Merged:
         """What the towers returned as one, on the merge device."""
         with tf.device(self.merge_device):
             outputs, masks, logits = (
-                merge.outputs([result[kind] for result in self.results], self.shards, self.rules)
-                for kind in ("outputs", "masks", "logits")
+                merge.outputs(list(column), self.shards, self.rules)
+                for column in zip(
+                    *[(r.outputs, r.masks, r.logits) for r in self.results], strict=True
+                )
             )
             shares = self.shards.shares() if len(self.results) > 1 else []
             terms = []
-            for source in self.results[0]["losses"]:
+            for source in self.results[0].terms:
                 join = merge.live_sum if term_rule(source, self.rules) == "sum" else merge.mean
-                columns = zip(*[result["losses"][source] for result in self.results], strict=True)
+                columns = zip(*[result.terms[source] for result in self.results], strict=True)
                 terms += [join(list(column), shares) for column in columns]
             return Merged(outputs, masks, logits, terms)
 
     def parts(self) -> list[list[tf.Tensor]]:
         """For each tower here, everything of its result that a gradient can flow to."""
-        return [
-            floats((result["outputs"], result["logits"], result["losses"])) for result in self.own
-        ]
+        return [floats((result.outputs, result.logits, result.terms)) for result in self.here]
 
     def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:
         """Gradients of each tower's sources, computed on its device.
@@ -112,30 +182,11 @@ class Pass:
         Returns:
             For each tower a list, one entry for each source.
         """
-        return [
-            _tower_gradients(*tower)
-            for tower in zip(
-                self.devices, self.tapes, self.parts(), upstream, self.sources, strict=True
-            )
-        ]
+        columns = zip(self.tapes, self.parts(), upstream, strict=True)
+        return [tower.gradients(parts, ups) for tower, parts, ups in columns]
 
 
-def floats(nest: Any) -> list[tf.Tensor]:
-    """The float tensors of a nest, also those inside of ragged and sparse ones."""
-    leaves = tf.nest.flatten(nest, expand_composites=True)
-    return [leaf for leaf in leaves if tf.is_tensor(leaf) and leaf.dtype.is_floating]
-
-
-def _tower_gradients(
-    device: str,
-    tape: tf.GradientTape,
-    parts: list[tf.Tensor],
-    upstream: Sequence[tf.Tensor | None],
-    sources: list[tf.Tensor],
-) -> list[Any]:
-    reached = [(part, up) for part, up in zip(parts, upstream, strict=True) if up is not None]
-    if not reached:
-        return [None] * len(sources)
-    targets, ups = zip(*reached, strict=True)
-    with tf.device(device):
-        return tape.gradient(list(targets), sources, output_gradients=list(ups))
+def assign(state: State) -> None:
+    """Gives variables the values that the towers' assignments came to."""
+    for variable, value in state:
+        variable.assign(value)

@@ -7,9 +7,8 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
+from parallel_keras.towers.results import Updates
 from parallel_keras.towers.seeds import is_seed
-
-Updates = dict[int, list[tf.Tensor]]
 
 
 def fingerprint(template: keras.Model) -> tuple[Any, ...]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.workers.connection import Workers
+from parallel_keras._version import __version__
+
+if TYPE_CHECKING:
+    from parallel_keras.workers.connection import Workers
 
 
 def check_same(workers: Workers, facts: dict[str, Any]) -> None:
@@ -54,17 +57,11 @@ def facts_of(model: Any) -> dict[str, Any]:
     return {
         "version of Keras": keras.__version__,
         "version of TensorFlow": tf.__version__,
-        "version of parallel_keras": _version(),
+        "version of parallel_keras": __version__,
         "template": f"{type(template).__name__} with variables {shapes}, {_digest(template)}",
         "loss_on": model.loss_on,
         "rules": sorted(model.request["rules"].items()),
     }
-
-
-def _version() -> str:
-    from parallel_keras import __version__  # It imports what imports this.
-
-    return __version__
 
 
 def _digest(template: keras.Model) -> str:

@@ -10,11 +10,13 @@ from typing import Any
 import tensorflow as tf
 
 from parallel_keras import _compat
+from parallel_keras.nests import replaced, tensors
 from parallel_keras.shard import Shards, shard
 from parallel_keras.workers import cluster, exchange, faults
 from parallel_keras.workers.exchange import Slots
 from parallel_keras.workers.feeding import check_dense, fill, mark
-from parallel_keras.workers.joining import Columns, MarkedShards, join, tensors, with_tensors
+from parallel_keras.workers.joining import MarkedShards, exchange_messages, join
+from parallel_keras.workers.message import Columns, Message, Result
 
 # Seconds after which a worker that waits for another one gives up.
 TIMEOUT = 60.0
@@ -100,7 +102,7 @@ class Workers:
         with tf.control_dependencies([] if check is None else [check]):
             return Shards(shards.parts, rows, tf.identity(total))
 
-    def join(self, results: list[dict[str, Any]], kind: str, shards: Shards) -> Any:
+    def join(self, results: Sequence[Result], kind: str, shards: Shards) -> list[Result]:
         """From the results of the towers here to those of all; see `joining.join`."""
         return join(self, results, kind, shards)
 
@@ -116,9 +118,9 @@ class Workers:
         """
         if not columns:
             return columns
-        rows = [{"gradients": list(row)} for row in zip(*columns, strict=True)]
-        joined = self.join(rows, "gradients", Shards([], [], 0))
-        return [list(column) for column in zip(*[r["gradients"] for r in joined], strict=True)]
+        towers = [Message(list(row), (), (), (), ()) for row in zip(*columns, strict=True)]
+        joined = exchange_messages(self, towers, "gradients", Shards([], [], 0))
+        return [list(column) for column in zip(*[told.gradients for told in joined], strict=True)]
 
     def shared(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
         """Values that every worker has, and of which each computes a part of the gradient.
@@ -164,7 +166,7 @@ class Workers:
         wholes = [tf.concat(list(column), axis=0) for column in zip(*workers, strict=True)]
         for whole, leaf in zip(wholes, leaves, strict=True):
             whole.set_shape([None, *leaf.shape[1:]])
-        return with_tensors(data, wholes)
+        return replaced(data, wholes)
 
     def own_rows(self, outputs: Any, data: Any) -> Any:
         """Takes this worker's rows out of those of all; the inverse of `whole_batch`."""

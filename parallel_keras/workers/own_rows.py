@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from parallel_keras.workers.connection import Workers
+if TYPE_CHECKING:
+    from parallel_keras.workers.connection import Workers
+
 
 _BATCH_SIZE = 32  # That of Keras.
 
