@@ -122,7 +122,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
                 f"towers. Received: a {type(template).__name__} on {list(template.devices)}. "
                 "Wrap what it wraps: DataParallelModel(model.template, devices=...)."
             )
-        cluster = connect(strategy, own=checks.OWN_ROWS in (rules or {}).items())
+        cluster = connect(strategy, feeds_own=checks.OWN_ROWS in (rules or {}).items())
         task = "" if cluster is None else cluster.task
         names = resolve(devices, task)
         if cluster is not None:

@@ -25,7 +25,7 @@ class Thread(Workers):
 
     def __init__(self, index: int, size: int, board: "Board") -> None:
         self.cluster = read(write(ADDRESSES[:size], index))
-        self.index, self.size, self.chief, self.own = index, size, index == 0, True
+        self.index, self.size, self.chief, self.feeds_own = index, size, index == 0, True
         self.first, self.towers, self.here = index, size, 1
         self.timeout, self.device, self.traffic = WAIT, "/device:CPU:0", {}
         self._board = board
@@ -158,7 +158,7 @@ def test_shards_of_one_worker() -> None:
 
 def test_alone_changes_nothing() -> None:
     alone, results, column = Alone(2), [{"a": 1}], [[None]]
-    shards = alone.cut(np.arange(3), (), own=True)
+    shards = alone.cut(np.arange(3), (), fed_here=True)
     assert [part.numpy().tolist() for part in shards.parts] == [[0, 1], [2]]
     assert alone.join(results, "call", shards) is results
     assert alone.add_up(column) is column

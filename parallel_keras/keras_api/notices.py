@@ -12,14 +12,13 @@ from absl import logging
 
 from parallel_keras import _compat
 from parallel_keras.hardware import gpu_memories
+from parallel_keras.workers.own_rows import KERAS_BATCH_SIZE
 
 # Below this, starting the work on a device takes longer than the work of most layers.
 FEWEST_ROWS: Final = 4
 # Mean and variance of fewer rows are too far from those of the batch to train well with: error
 # rises steeply below 8 images (Wu and He, Group Normalization, https://arxiv.org/abs/1803.08494).
 FEWEST_ROWS_TO_NORMALISE: Final = 8
-# What `fit` takes for arrays where it is given none.
-KERAS_BATCH_SIZE: Final = 32
 
 
 class Notices:

@@ -41,7 +41,7 @@ class WorkerLoops(Wrapper):
         if self._cluster is None:
             return super().fit(*args, **kwargs)
         arguments = _by_name(super().fit, args, kwargs)
-        if self._cluster.own:
+        if self._cluster.feeds_own:
             feed = Feed(self._cluster)
             feed.training(arguments)
             feed.validation(arguments)
@@ -66,7 +66,7 @@ class WorkerLoops(Wrapper):
         if self._cluster is None or "_use_cached_eval_dataset" in kwargs:
             return super().evaluate(*args, **kwargs)
         arguments = _by_name(super().evaluate, args, kwargs)
-        if self._cluster.own:
+        if self._cluster.feeds_own:
             Feed(self._cluster).evaluation(arguments)
         return self._run(super().evaluate, arguments)
 
@@ -87,7 +87,7 @@ class WorkerLoops(Wrapper):
         if self._cluster is None:
             return super().predict(*args, **kwargs)
         arguments = _by_name(super().predict, args, kwargs)
-        if self._cluster.own:
+        if self._cluster.feeds_own:
             Feed(self._cluster).evaluation(arguments)
         return self._run(super().predict, arguments)
 

@@ -104,7 +104,7 @@ class LossStep:
         """Cuts inputs, targets and sample weights (or `None`) of the batch."""
         x, y, sample_weight = data
         batch = {"call": as_call((x,), {}, None), "y": y, "weights": sample_weight}
-        return self.towers.shard(batch, own=self.count)
+        return self.towers.shard(batch, fed_here=self.count)
 
     def run(self, shards: Shards) -> TowerRun:
         """Runs the towers.

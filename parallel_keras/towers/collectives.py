@@ -42,8 +42,8 @@ class Peers(NamedTuple):
 def _keys(devices: tuple[str, ...], others: int = 0) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Size, group and instance of a new pass over these devices, and those of other workers."""
     # What is counted here need not be counted alike there.
-    own = _FIRST_GROUP + len(_GROUPS)
-    group = _GROUP_OF_WORKERS if others else _GROUPS.setdefault(devices, own)
+    new = _FIRST_GROUP + len(_GROUPS)
+    group = _GROUP_OF_WORKERS if others else _GROUPS.setdefault(devices, new)
     instance = (next(_PASSES) * 2 * _REDUCTIONS_A_PASS) % (2**31 - 2 * _REDUCTIONS_A_PASS)
     return tf.constant(len(devices) + others), tf.constant(group), tf.constant(instance)
 
@@ -137,8 +137,8 @@ class TowerContext(tf.distribute.ReplicaContext):
         live = tf.cast(self._peers.live, value.dtype)
 
         @tf.custom_gradient
-        def reduced(own: tf.Tensor) -> tuple[tf.Tensor, Any]:
-            return self._collect(own * live, key), lambda up: self._collect(up, key + 1) * live
+        def reduced(given: tf.Tensor) -> tuple[tf.Tensor, Any]:
+            return self._collect(given * live, key), lambda up: self._collect(up, key + 1) * live
 
         return reduced(value)
 

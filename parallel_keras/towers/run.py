@@ -94,19 +94,19 @@ class Towers:
         moved.devices = (device,)
         return moved
 
-    def shard(self, batch: Any, *, own: bool = False) -> Shards:
+    def shard(self, batch: Any, *, fed_here: bool = False) -> Shards:
         """Cuts a batch, on the merge device.
 
         Args:
             batch: Nest of tensors.
-            own: Whether it is this worker's own, where each worker feeds its own rows.
+            fed_here: Whether it holds the rows of this worker only, where each feeds its own.
 
         Returns:
             The `Shards`.
         """
         whole = {name for name, rule in self.rules.items() if rule == "whole"}
         with tf.device(self.merge_device):
-            shards = self.workers.cut(batch, whole, own=own)
+            shards = self.workers.cut(batch, whole, fed_here=fed_here)
         if not shards.parts:
             raise ValueError(
                 "Expected a batch with at least one row: the mean of no losses is not a number. "

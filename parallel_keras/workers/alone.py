@@ -18,14 +18,14 @@ class Alone:
         towers: Int, the number of towers.
     """
 
-    index, size, first, chief, own, timeout = 0, 1, 0, True, False, 300.0
+    index, size, first, chief, feeds_own, timeout = 0, 1, 0, True, False, 300.0
 
     def __init__(self, towers: int) -> None:
         self.towers = towers
 
-    def cut(self, batch: Any, whole: Collection[str], *, own: bool) -> Shards:
+    def cut(self, batch: Any, whole: Collection[str], *, fed_here: bool) -> Shards:
         """Shards a batch; see `AnyWorkers.cut`."""
-        del own
+        del fed_here
         return shard(batch, self.towers, whole)
 
     def join(self, results: Sequence[Result], kind: str, shards: Shards) -> list[Result]:

@@ -35,7 +35,7 @@ class Workers:
 
     Args:
         strategy: The strategy, whose cluster has at least two workers.
-        own: Bool, whether each worker feeds its own rows to `fit`, instead of all
+        feeds_own: Bool, whether each worker feeds its own rows to `fit`, instead of all
             feeding the same whole batches.
 
     Attributes:
@@ -49,12 +49,12 @@ class Workers:
             one of them, those of which the size is known while tracing.
     """
 
-    def __init__(self, strategy: Any, *, own: bool) -> None:
+    def __init__(self, strategy: Any, *, feeds_own: bool) -> None:
         resolver = strategy.cluster_resolver
         task = {"type": resolver.task_type, "index": resolver.task_id}
         jobs = resolver.cluster_spec().as_dict()
         self.cluster = cluster.read(json.dumps({"cluster": jobs, "task": task}))
-        self.own = own
+        self.feeds_own = feeds_own
         self.index, self.size = self.cluster.rank, len(self.cluster.tasks)
         self.chief = self.index == 0
         self.timeout = float(_compat.strategy_timeout(strategy) or TIMEOUT)
@@ -74,19 +74,19 @@ class Workers:
         counts = [int(count) for (count,) in self.gather([tf.constant(towers)], "start")]
         self.first, self.towers, self.here = sum(counts[: self.index]), sum(counts), towers
 
-    def cut(self, batch: Any, whole: Collection[str], *, own: bool) -> Shards:
+    def cut(self, batch: Any, whole: Collection[str], *, fed_here: bool) -> Shards:
         """Shards a batch: the parts of this worker, the rows of all.
 
         Args:
             batch: Nest of tensors.
             whole: Names of leaves that every tower gets whole.
-            own: Whether the batch is this worker's own, where that is asked for.
+            fed_here: Whether it holds the rows of this worker only, where each feeds its own.
 
         Returns:
             The `Shards`. `parts` has one entry for each tower of this worker, `rows` one
             for each tower of all workers.
         """
-        if not (own and self.own):
+        if not (fed_here and self.feeds_own):
             here = range(self.first, self.first + self.here)
             shards = shard(batch, self.towers, whole, here)
             return MarkedShards.of(shards, mark(batch))
@@ -135,8 +135,8 @@ class Workers:
             return values
 
         @tf.custom_gradient
-        def spread(*own: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
-            return [tf.identity(value) for value in own], summed
+        def spread(*given: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
+            return [tf.identity(value) for value in given], summed
 
         @tf.custom_gradient
         def summed(*parts: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
@@ -158,7 +158,7 @@ class Workers:
         Raises:
             ValueError: If there are ragged, sparse or string tensors.
         """
-        if not self.own:
+        if not self.feeds_own:
             return data
         check_dense(data)
         leaves = [tf.convert_to_tensor(leaf) for leaf in tensors(data)]
@@ -170,7 +170,7 @@ class Workers:
 
     def own_rows(self, outputs: Any, data: Any) -> Any:
         """Takes this worker's rows out of those of all; the inverse of `whole_batch`."""
-        if not self.own:
+        if not self.feeds_own:
             return outputs
         count = tf.shape(tensors(data)[0])[0]
         counts = [rows for (rows,) in self.gather([count], "rows")]
@@ -274,15 +274,15 @@ class Workers:
         )
 
 
-def connect(strategy: Any, *, own: bool) -> Workers | None:
+def connect(strategy: Any, *, feeds_own: bool) -> Workers | None:
     """The workers of a strategy.
 
     Args:
         strategy: The strategy, or `None`.
-        own: Bool, whether each worker feeds its own rows.
+        feeds_own: Bool, whether each worker feeds its own rows.
 
     Returns:
         The `Workers`, or `None` if this is the only one.
     """
     jobs = {} if strategy is None else strategy.cluster_resolver.cluster_spec().as_dict()
-    return Workers(strategy, own=own) if sum(map(len, jobs.values())) > 1 else None
+    return Workers(strategy, feeds_own=feeds_own) if sum(map(len, jobs.values())) > 1 else None

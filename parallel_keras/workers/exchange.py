@@ -210,8 +210,8 @@ def _shapes(reduce: Callable[..., tf.Tensor], varied: Slots, first: int, total: 
     if not varied or not varied[0]:
         return [[] for _ in range(total)] if varied else []
     ranks = [value.shape.rank for value in varied[0]]
-    own = [[tf.concat([tf.shape(value) for value in slot], axis=0)] for slot in varied]
-    _, slots, _ = exchange(lambda message: reduce(message, "sizes"), [], own, [], first, total)
+    sizes = [[tf.concat([tf.shape(value) for value in slot], axis=0)] for slot in varied]
+    _, slots, _ = exchange(lambda message: reduce(message, "sizes"), [], sizes, [], first, total)
     return [tf.split(slot, ranks) for (slot,) in slots]
 
 

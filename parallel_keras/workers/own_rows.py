@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from parallel_keras.workers.connection import Workers
 
 
-_BATCH_SIZE = 32  # That of Keras.
+# What Keras takes for arrays where it is given none.
+KERAS_BATCH_SIZE = 32
 
 
 class Feed:
@@ -50,11 +51,11 @@ class Feed:
         if data is None:
             return
         pair = data if isinstance(data, (tuple, list)) else (data,)
-        own = dict(zip(("x", "y", "sample_weight"), pair, strict=False))
+        validation = dict(zip(("x", "y", "sample_weight"), pair, strict=False))
         size = arguments.pop("validation_batch_size", None) or self._batch_size
-        own["batch_size"] = None if isinstance(own["x"], tf.data.Dataset) else size
-        self._feed(own, arguments.get("validation_steps"), "validation_steps", shuffle=False)
-        arguments["validation_data"] = own["x"]
+        validation["batch_size"] = None if isinstance(validation["x"], tf.data.Dataset) else size
+        self._feed(validation, arguments.get("validation_steps"), "validation_steps", shuffle=False)
+        arguments["validation_data"] = validation["x"]
 
     def evaluation(self, arguments: dict[str, Any]) -> None:
         """Changes the arguments of `evaluate` or `predict`."""
@@ -64,7 +65,7 @@ class Feed:
         self, arguments: dict[str, Any], steps: int | None, argument: str, *, shuffle: bool
     ) -> None:
         data = tuple(arguments.pop(name, None) for name in ("x", "y", "sample_weight"))
-        self._batch_size: int = arguments.pop("batch_size", None) or _BATCH_SIZE
+        self._batch_size: int = arguments.pop("batch_size", None) or KERAS_BATCH_SIZE
         dataset = _dataset(data, self._batch_size, shuffle=shuffle)
         if steps is None:
             steps = int(dataset.cardinality())
