@@ -19,5 +19,13 @@ from parallel_keras.devices import virtual_devices
 from parallel_keras.explaining.explain import explain
 from parallel_keras.model import DataParallelModel
 from parallel_keras.multi_gpu import multi_gpu_model
+from parallel_keras.verifying.verify import verify
 
-__all__ = ["DataParallelModel", "__version__", "explain", "multi_gpu_model", "virtual_devices"]
+__all__ = [
+    "DataParallelModel",
+    "__version__",
+    "explain",
+    "multi_gpu_model",
+    "verify",
+    "virtual_devices",
+]

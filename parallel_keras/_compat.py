@@ -197,6 +197,14 @@ def move_variable(variable: keras.Variable, device: str) -> None:
         tf.raw_ops.AssignVariableOp(resource=old.handle, value=tf.zeros([0], old.dtype))
 
 
+def optimized(optimizer: keras.optimizers.Optimizer) -> list[Any]:
+    """The weights that an optimizer was built for, in its order.
+
+    `apply` may be given gradients alone, and means these. Goes when they are public.
+    """
+    return list(optimizer._trainable_variables)
+
+
 def may_overwrite(filepath: Any) -> bool:
     """Asks the user whether a file may be overwritten, in the words of Keras.
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import time
 from collections.abc import Iterator
 from typing import Any, Final
 
 import keras
-import numpy as np
-import tensorflow as tf
 
+from parallel_keras.explaining.batches import read
 from parallel_keras.explaining.explanation import Explanation
 from parallel_keras.explaining.pieces import Data, Pieces
 from parallel_keras.explaining.step_times import TowerTimes
@@ -56,7 +53,7 @@ def explain(parallel: DataParallelModel, batch: Any, *, repeats: int = 20) -> Ex
     'small batch'
     """
     _check(parallel, repeats)
-    data, reading = _read(batch, repeats)
+    data, reading = read(batch, repeats)
     if not parallel.built:
         parallel(data[0])
     with _unchanged(parallel):
@@ -141,35 +138,6 @@ def _differences(times: dict[str, float], *, divided: bool) -> dict[str, float]:
         "update": between("merging", "step"),
         "step": times["step"],
     }
-
-
-def _read(batch: Any, repeats: int) -> tuple[Data, float | None]:
-    """The first batch, and the mean milliseconds to read one after it."""
-    if isinstance(batch, tf.data.Dataset):
-        source: Iterator[Any] = iter(batch.repeat())
-    elif isinstance(batch, keras.utils.PyDataset):
-        source = (batch[index % len(batch)] for index in itertools.count())
-    else:
-        return _as_data(batch), None
-    first = next(source)
-    # The mean, because a dataset that reads ahead gives some at once and others late.
-    start = time.perf_counter()
-    for _ in range(repeats):
-        next(source)
-    return _as_data(first), 1000 * (time.perf_counter() - start) / repeats
-
-
-def _as_data(batch: Any) -> Data:
-    def convert(leaf: Any) -> Any:
-        if isinstance(leaf, np.ndarray) and leaf.dtype == np.float64:
-            leaf = leaf.astype(keras.config.floatx())  # as fit does
-        is_tensor = tf.is_tensor(leaf) or leaf is None
-        return leaf if is_tensor else tf.convert_to_tensor(leaf)
-
-    if isinstance(batch, list):
-        batch = tuple(batch)
-    with tf.device("/CPU:0"):
-        return keras.tree.map_structure(convert, keras.utils.unpack_x_y_sample_weight(batch))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import tensorflow as tf
@@ -28,10 +28,10 @@ class Alone:
         del fed_here
         return shard(batch, self.towers, whole)
 
-    def join(self, results: Sequence[Result], kind: str, shards: Shards) -> list[Result]:
+    def join(self, results: list[Result], kind: str, shards: Shards) -> list[Result]:
         """The results of all towers; see `AnyWorkers.join`."""
         del kind, shards
-        return list(results)
+        return results
 
     def add_up(self, columns: Columns) -> Columns:
         """Gradients of all towers; see `AnyWorkers.add_up`."""

@@ -102,7 +102,7 @@ class Workers:
         with tf.control_dependencies([] if check is None else [check]):
             return Shards(shards.parts, rows, tf.identity(total))
 
-    def join(self, results: Sequence[Result], kind: str, shards: Shards) -> list[Result]:
+    def join(self, results: list[Result], kind: str, shards: Shards) -> list[Result]:
         """From the results of the towers here to those of all; see `joining.join`."""
         return join(self, results, kind, shards)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import tensorflow as tf
@@ -73,7 +73,7 @@ class AnyWorkers(Protocol):
         """Shards a batch: the parts of this worker, the rows of all."""
         ...
 
-    def join(self, results: Sequence[Result], kind: str, shards: Shards) -> list[Result]:
+    def join(self, results: list[Result], kind: str, shards: Shards) -> list[Result]:
         """From the results of the towers here to those of all."""
         ...
 

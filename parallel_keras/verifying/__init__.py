@@ -1,0 +1,1 @@
+"""What `parallel_keras.verify` is made of: runs of one model, what they gave, where they part."""
