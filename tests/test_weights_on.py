@@ -102,8 +102,9 @@ def counting() -> keras.Model:
 
         def call(self, x: tf.Tensor) -> tf.Tensor:
             self.steps.assign_add(1)
-            self.sums.assign(0.9 * self.sums + 0.1 * tf.reduce_mean(x, axis=0))
-            return x + self.sums
+            before = tf.convert_to_tensor(self.sums)  # after: what the shard alone comes to
+            self.sums.assign(0.9 * before + 0.1 * tf.reduce_mean(x, axis=0))
+            return x + before
 
     return keras.Sequential([keras.Input((6,)), Counts(), L.Dense(3)])
 
