@@ -4,6 +4,8 @@ Every function says why there is no public way and what would let it go; each
 has a test in tests/test_compat.py that fails when the private thing changes.
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -203,6 +205,69 @@ def optimized(optimizer: keras.optimizers.Optimizer) -> list[Any]:
     `apply` may be given gradients alone, and means these. Goes when they are public.
     """
     return list(optimizer._trainable_variables)
+
+
+def slots(optimizer: keras.optimizers.Optimizer) -> list[tuple[keras.Variable, keras.Variable]]:
+    """What an optimizer keeps for each weight (momentum, average), beside that weight.
+
+    Optimizers keep lists in the order of the weights they were built with, in attributes
+    of any name. Goes when they can be asked.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    found = [] if inner is None else slots(inner)
+    weights = optimizer._trainable_variables
+    for name, kept in vars(optimizer).items():
+        if name in ("_variables", "_trainable_variables") or not isinstance(kept, (list, tuple)):
+            continue
+        if len(kept) == len(weights):
+            pairs = zip(kept, weights, strict=True)
+            found += [pair for pair in pairs if isinstance(pair[0], keras.Variable)]
+    return found
+
+
+@contextlib.contextmanager
+def read_once(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    """Inside, each of the variables is read once in a graph, until it is assigned.
+
+    Optimizers read the learning rate and the number of the step anew for each weight, and
+    TensorFlow sends each value that was read by itself to the device of the weight. Keras
+    reads by `value()` of what is behind a variable, which is overridden in that very
+    object. Goes when optimizers read them once.
+    """
+    behind = [variable._value for variable in variables]
+    values: dict[tuple[int, int], Any] = {}
+
+    def reader(variable: Any) -> Any:
+        original = variable.value
+
+        def value() -> Any:
+            key = (id(variable), id(tf.compat.v1.get_default_graph()))
+            if key not in values:
+                values[key] = original()
+            return values[key]
+
+        return value
+
+    def writer(variable: Any, name: str) -> Any:
+        original = getattr(variable, name)
+
+        def write(*args: Any, **kwargs: Any) -> Any:
+            values.clear()
+            return original(*args, **kwargs)
+
+        return write
+
+    writers = ("assign", "assign_add", "assign_sub")
+    try:
+        for variable in behind:
+            for name in writers:
+                setattr(variable, name, writer(variable, name))
+            variable.value = reader(variable)
+        yield
+    finally:
+        for variable in behind:
+            for name in ("value", *writers):
+                vars(variable).pop(name, None)
 
 
 def may_overwrite(filepath: Any) -> bool:

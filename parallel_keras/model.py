@@ -23,6 +23,7 @@ from parallel_keras.steps.calls import Calls
 from parallel_keras.steps.first_batch import first_batch
 from parallel_keras.steps.keras_steps import ParallelSteps
 from parallel_keras.steps.template_steps import LEARNING, TemplateSteps, overrides
+from parallel_keras.towers.homes import Homes
 from parallel_keras.towers.results import Call, Merged, as_call
 from parallel_keras.towers.run import Towers, current
 from parallel_keras.workers.agreement import agree_on_state, check_same, facts_of
@@ -83,6 +84,13 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
             else are taken as means over rows. A model's only output is called
             `"output"`. `"own"` under the name `"batch"`: with a strategy, each worker
             feeds rows of its own. Defaults to `None`.
+        weights_on: Where weights live, and with them what the optimizer keeps for them,
+            their update and the sum of their gradients. `"spread"`: each on one of the
+            towers' devices, so that each of N devices holds and sends its share, which
+            is as much as an all-reduce would; `"unmoved"`: where they are; the name of
+            a device: all there. They are moved in place, and are what they were.
+            `"auto"`: `"spread"` where the towers are two or more GPUs, or devices of
+            other machines, else `"unmoved"`. Defaults to `"auto"`.
 
     Input shape:
         That of the template: tensors of shape `(batch_size, ...)`, in any nest.
@@ -114,8 +122,9 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         strategy: Any = None,
         name: str | None = None,
         rules: Mapping[str, str] | None = None,
+        weights_on: str = "auto",
     ) -> None:
-        checks.check_arguments(template, loss_on, strategy, rules)
+        checks.check_arguments(template, loss_on, strategy, rules, weights_on)
         if isinstance(template, DataParallelModel):
             raise ValueError(  # noqa: TRY004 (it is a keras.Model, as asked)
                 "Expected a template that is not on several devices already: towers do not hold "
@@ -128,6 +137,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         if cluster is not None:
             cluster.seat(len(names))
         workers = cluster or Alone(len(names))
+        weights_place = checks.place_of_weights(weights_on, task)
         checks.check_template(template, workers.towers)
         # Inputs are converted by the template, on the towers, not here.
         super().__init__(name=name, dtype=template.dtype_policy, autocast=False)
@@ -145,14 +155,17 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
             "devices": devices,
             "merge_device": merge_device,
             "rules": dict(rules or {}),
+            "weights_on": weights_on,
         }
         self._workers, self._cluster = workers, cluster
+        self.homes = Homes(template, names, weights_place)
         self._agreed = False
         if cluster is not None:
             check_same(cluster, facts_of(self))
         self._run_as_compiled()
         if template.compiled:
             self._inherit_compile()
+        self._settle()
         self._notices = Notices(template, names)
         self._notices.wrapped(self)
 
@@ -196,6 +209,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         args, kwargs = _as_positional(self.template, args, kwargs)
         if not self.template.built:
             self._build_template(args, kwargs)
+        self._settle()
         return super().__call__(*args, **kwargs)
 
     def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -233,6 +247,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         """
         self.template.compile(*args, **kwargs)
         self._inherit_compile(jit=kwargs.get("jit_compile") is True)
+        self._settle()
 
     def _inherit_compile(self, *, jit: bool = False) -> None:
         arguments = _compat.compile_arguments(self.template)
@@ -252,17 +267,36 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         def calls_of(model: keras.Model) -> Calls:
             def towers() -> Towers:
                 rules = self.request["rules"]
-                place = (self.devices, self.merge_device, rules, self._workers)
+                place = (self.devices, self.merge_device, rules, self._workers, self.homes)
                 return Towers(model, *place, jit=jit, eager=eager)
 
             return Calls(current(towers), eager=eager)
 
-        self._calls = calls_of(self.template)
-        self._template_steps = TemplateSteps(self.template, calls_of)
+        def make() -> None:
+            self._calls = calls_of(self.template)
+            self._template_steps = TemplateSteps(self.template, calls_of, self.homes)
+
+        self._make_calls = make
+        make()
+
+    def _settle(self, *, running: bool = False) -> None:
+        """Moves weights, and what the optimizer keeps for them, that have come since.
+
+        Args:
+            running: Whether a function of this model runs, which is not traced yet and knows
+                nothing that moves. Defaults to `False`.
+        """
+        if not self.homes.settle():
+            return
+        # What was traced knows variables where they were.
+        self._make_calls()
+        for model in (self.template,) if running else (self, self.template):
+            model.train_function = model.test_function = model.predict_function = None
 
     def _build_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the template's weights from the shapes and dtypes of a batch."""
         build_template(self.template, args, kwargs)
+        self._settle()
         if self._cluster is not None:
             checks.check_built(self.template)
             agree_on_state(self, self._cluster)

@@ -8,7 +8,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from parallel_keras import _compat
 from parallel_keras.devices import resolve
 from parallel_keras.model import DataParallelModel
 
@@ -54,10 +53,10 @@ def multi_gpu_model(
     """
     devices = _at_least_two(gpus)
     merge_device = "/CPU:0" if cpu_merge else devices[0]
-    parallel = DataParallelModel(model, devices, merge_device=merge_device)
-    if cpu_relocation:
-        _move_weights(model, "/CPU:0")
-    return parallel
+    weights_on = "/CPU:0" if cpu_relocation else "auto"
+    if cpu_relocation and isinstance(model, keras.Model):
+        _check_built(model)
+    return DataParallelModel(model, devices, merge_device=merge_device, weights_on=weights_on)
 
 
 def _at_least_two(gpus: Any) -> list[str]:
@@ -79,16 +78,10 @@ def _at_least_two(gpus: Any) -> list[str]:
     return list(devices)
 
 
-def _move_weights(model: keras.Model, device: str) -> None:
-    """Moves every weight, keeping its value and its place in the model and its optimizer."""
+def _check_built(model: keras.Model) -> None:
     if not model.built:
         raise ValueError(
             "cpu_relocation moves the weights of a model, but this one has none yet. "
             f"Received: model={model.name!r}, not built. Call it on a batch, or "
             "model.build(input_shape), or build it inside tf.device('/CPU:0')."
         )
-    slots = model.optimizer.variables if model.compiled and model.optimizer else []
-    for variable in [*model.variables, *slots]:
-        _compat.move_variable(variable, device)
-    # Keras traced these with the weights where they were.
-    model.train_function = model.test_function = model.predict_function = None

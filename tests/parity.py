@@ -40,7 +40,13 @@ def batches(sizes: Sequence[int], *arrays: np.ndarray) -> tf.data.Dataset:
 
 
 def pair(
-    build: Build, towers: int, *, loss_on: str = "auto", rules: Any = None, **compile_arguments: Any
+    build: Build,
+    towers: int,
+    *,
+    loss_on: str = "auto",
+    rules: Any = None,
+    weights_on: str = "auto",
+    **compile_arguments: Any,
 ) -> tuple[keras.Model, pk.DataParallelModel]:
     """A bare model and a wrapped one with the same weights, compiled alike.
 
@@ -53,7 +59,8 @@ def pair(
         model.compile(**{k: v() if _is_maker(v) else v for k, v in compile_arguments.items()})
         return model
 
-    return one(), pk.DataParallelModel(one(), towers, loss_on=loss_on, rules=rules)
+    arguments = {"loss_on": loss_on, "rules": rules, "weights_on": weights_on}
+    return one(), pk.DataParallelModel(one(), towers, **arguments)
 
 
 def _is_maker(value: Any) -> bool:

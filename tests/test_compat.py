@@ -231,6 +231,46 @@ def test_moved_variables_stay_what_they_were(dtype: str, trainable: bool) -> Non
     np.testing.assert_array_equal(variable.numpy(), [4, 5, 6])
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adafactor", "RMSprop", "Ftrl", "Muon", "Nadam"])
+def test_slots_are_beside_their_weights(name: str) -> None:
+    """As many weights as an optimizer has numbers of its own, which are no slots."""
+    weights = [keras.Variable(np.zeros(shape, "float32")) for shape in ((2, 3), (3,))]
+    made = {"use_ema": True, "gradient_accumulation_steps": 2}
+    optimizer = getattr(keras.optimizers, name)(0.1, **made)
+    optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    optimizer.build(weights)
+    pairs = _compat.slots(optimizer)
+    for weight in weights:
+        of_weight = [slot for slot, owner in pairs if owner is weight]
+        assert len(of_weight) >= 2
+        assert len({id(slot) for slot in of_weight}) == len(of_weight)
+    numbers = {id(v) for v in optimizer.variables} - {id(slot) for slot, _ in pairs}
+    assert {v.shape for v in optimizer.variables if id(v) in numbers} == {tf.TensorShape(())}
+    rest = {id(v) for v in optimizer.variables if v.shape.rank} - {id(slot) for slot, _ in pairs}
+    assert not rest
+
+
+def test_numbers_are_read_once_until_they_are_assigned() -> None:
+    number = keras.Variable(2.0)
+
+    @tf.function
+    def step() -> list[tf.Tensor]:
+        with _compat.read_once([number]):
+            first = [number + 1.0, number * 2.0]
+            number.assign_add(1.0)
+            again = [number + 1.0, number * 2.0]
+            number.value.assign_sub(1.0)
+            last = tf.cond(number > 0, lambda: number + 0.0, lambda: number - 1.0)
+        return [*first, *again, last]
+
+    graph = step.get_concrete_function().graph
+    reads = [op for op in graph.get_operations() if op.type == "ReadVariableOp"]
+    assert len(reads) == 3
+    assert [float(value) for value in step()] == [3, 4, 4, 6, 2]
+    assert "value" not in vars(number.value)
+    assert float(number + 1.0) == 3
+
+
 def test_every_function_has_a_test() -> None:
     public = {name for name, value in vars(_compat).items() if inspect.isfunction(value)}
     used = set(re.findall(r"_compat\.(\w+)\(", Path(__file__).read_text()))

@@ -177,7 +177,7 @@ def test_empty_batches_are_not_trained_on() -> None:
 RAISES = {
     "__init__.py": 1,
     "keras_api/answers.py": 1,
-    "steps/checks.py": 13,
+    "steps/checks.py": 15,
     "devices.py": 15,
     "explaining/explain.py": 4,
     "explaining/timeline.py": 1,

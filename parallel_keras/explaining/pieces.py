@@ -13,10 +13,9 @@ from parallel_keras.shard import Shards
 from parallel_keras.steps.keras_steps import ParallelSteps
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch
 from parallel_keras.towers import losses
-from parallel_keras.towers.graph import is_handle
+from parallel_keras.towers.messages import Copies
 from parallel_keras.towers.results import Pass, as_call
 from parallel_keras.towers.run import Towers
-from parallel_keras.towers.weights import copies
 from parallel_keras.workers.alone import Alone
 
 Data = tuple[Any, Any, Any]
@@ -93,6 +92,7 @@ class Pieces:
             parallel.merge_device,
             rules,
             Alone(len(devices)),
+            parallel.homes,
             jit=parallel.template.jit_compile,
             eager=parallel.run_eagerly,
         )
@@ -120,12 +120,9 @@ class Pieces:
         return parts
 
     def _copies(self, towers: Towers) -> Any:
-        sources, copied = towers.read_weights(tables=True), []
-        values = [source for source in sources if not is_handle(source)]
-        for device in towers.devices:
-            with tf.device(device):
-                copied.append(copies(values))
-        return copied
+        homes = [towers.homes.of(variable) for variable in towers.template.variables]
+        copies = Copies(towers.read_weights(tables=True), homes)
+        return [copies.values_at(device) for device in towers.devices]
 
     def _weights_out(self, data: Data) -> Any:
         return self._sharding(data), self._copies(self.towers)
@@ -171,9 +168,10 @@ class Pieces:
         return forward.gradients(self._upstream(forward, data))
 
     def _merged_gradients(self, data: Data) -> list[Any]:
-        columns = zip(*self._backward(data), strict=True)
+        columns = [list(column) for column in zip(*self._backward(data), strict=True)]
+        summed = self.towers.summed(columns, self.parallel.trainable_weights)
         with tf.device(self.parallel.merge_device):
-            return [merge.total(column) for column in columns]
+            return [merge.total(column) for column in summed]
 
     def _merging(self, data: Data) -> Any:
         result = self._run(self.towers, data)

@@ -13,6 +13,7 @@ from absl import logging
 from parallel_keras import _compat
 from parallel_keras.devices import resolve
 from parallel_keras.keras_api.atomic import written_whole
+from parallel_keras.steps import checks
 from parallel_keras.steps.wrapper import Wrapper
 
 
@@ -108,10 +109,17 @@ class TemplateFiles(Wrapper):
         arguments["template"] = keras.saving.deserialize_keras_object(
             arguments["template"], custom_objects=custom_objects
         )
-        for name, instead in (("devices", None), ("merge_device", "/CPU:0")):
-            wanted: Any = arguments.get(name)
+        for name, instead in (
+            ("devices", None),
+            ("merge_device", "/CPU:0"),
+            ("weights_on", "auto"),
+        ):
+            wanted: Any = arguments.get(name, instead)
             try:
-                resolve([wanted] if name == "merge_device" else wanted)
+                if name == "weights_on":
+                    checks.place_of_weights(wanted)
+                else:
+                    resolve([wanted] if name == "merge_device" else wanted)
             except ValueError:
                 logging.warning(
                     "This model was saved for %s=%r, which this machine does not have: using %s.",

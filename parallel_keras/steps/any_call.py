@@ -104,8 +104,15 @@ class DifferentiablePass:
         with tf.device(device):
             ups = self._joining.gradient(results, pass_.parts(), output_gradients=list(upstream))
         towers = pass_.gradients(ups)
+        variables = [self._towers.template.variables[index] for index in self._trainable]
+        columns = [[tower[index] for tower in towers] for index in range(count)]
+        weights = []
+        for variable, column in zip(
+            variables, self._towers.summed(columns, variables), strict=True
+        ):
+            with tf.device(self._towers.homes.of(variable)):
+                weights.append(merge.total(column))
         with tf.device(device):
-            weights = [merge.total([tower[index] for tower in towers]) for index in range(count)]
             parts = [leaf for part in pass_.shards.parts for leaf in floats(part)]
             ups = [gradient for tower in towers for gradient in tower[count:]]
             reached = [pair for pair in zip(parts, ups, strict=True) if pair[1] is not None]

@@ -7,14 +7,18 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
+from parallel_keras.devices import resolve
 from parallel_keras.towers import losses
 
 LOSS_ON = ("auto", "merged", "towers")
+WEIGHTS_ON = ("auto", "spread", "unmoved")
 RULES = ("mean", "pad", "sum", "whole")
 OWN_ROWS = ("batch", "own")
 
 
-def check_arguments(template: Any, loss_on: Any, strategy: Any, rules: Any) -> None:
+def check_arguments(
+    template: Any, loss_on: Any, strategy: Any, rules: Any, weights_on: Any = "auto"
+) -> None:
     """Checks the arguments of `DataParallelModel` that stand by themselves.
 
     Args:
@@ -23,6 +27,7 @@ def check_arguments(template: Any, loss_on: Any, strategy: Any, rules: Any) -> N
         strategy: Must be `None` or a `tf.distribute.MultiWorkerMirroredStrategy`.
         rules: Must be `None` or a mapping from names to `RULES`; that of `"batch"` may
             also be `"own"`.
+        weights_on: Must be a string. Defaults to `"auto"`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -43,6 +48,12 @@ def check_arguments(template: Any, loss_on: Any, strategy: Any, rules: Any) -> N
             f"Expected `loss_on` to be one of {LOSS_ON}. Received: loss_on={loss_on!r}. "
             'Leave it out for "auto", which is right for every loss.'
         )
+    if not isinstance(weights_on, str):
+        raise TypeError(
+            f"Expected `weights_on` to be one of {WEIGHTS_ON}, or the name of a device. "
+            f"Received: weights_on={weights_on!r} (of type {type(weights_on).__name__}). "
+            'Leave it out for "auto".'
+        )
     if not isinstance(strategy, (tf.distribute.MultiWorkerMirroredStrategy, type(None))):
         raise TypeError(
             "Expected `strategy` to be a tf.distribute.MultiWorkerMirroredStrategy, for several "
@@ -60,6 +71,31 @@ def check_arguments(template: Any, loss_on: Any, strategy: Any, rules: Any) -> N
                 f"Expected every rule to be one of {RULES}, or 'own' for 'batch'. "
                 f"Received: rules={{{name!r}: {rule!r}}}."
             )
+
+
+def place_of_weights(weights_on: str, task: str = "") -> str:
+    """What `weights_on` means on this machine.
+
+    Args:
+        weights_on: One of `WEIGHTS_ON`, or the name of a device.
+        task: String, the beginning of the names of the devices that may be used.
+            Defaults to `""`.
+
+    Returns:
+        One of `WEIGHTS_ON`, or the canonical name of a device.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if weights_on in WEIGHTS_ON:
+        return weights_on
+    try:
+        return resolve([weights_on], task)[0]
+    except ValueError as error:
+        raise ValueError(
+            f"Expected `weights_on` to be one of {WEIGHTS_ON}, or the name of a device. "
+            f'Received: weights_on={weights_on!r}. Leave it out for "auto". ({error})'
+        ) from error
 
 
 def check_template(template: keras.Model, towers: int) -> None:

@@ -18,6 +18,7 @@ from parallel_keras.steps.building import (
     build_losses_and_metrics,
 )
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch, StepResult
+from parallel_keras.steps.penalties import Penalty, penalties
 from parallel_keras.steps.template_steps import LEARNING, overrides
 from parallel_keras.steps.wrapper import Wrapper
 from parallel_keras.towers import losses
@@ -105,6 +106,7 @@ class ParallelSteps(Wrapper):
         Returns:
             The function.
         """
+        self._settle()
         if force or self.train_function is None:
             super().make_train_function(force=True)
             self.train_function = before_first_step(self.train_function, self._build_to_train)
@@ -119,10 +121,23 @@ class ParallelSteps(Wrapper):
         Returns:
             The function.
         """
+        self._settle()
         if force or self.test_function is None:
             super().make_test_function(force=True)
             self.test_function = before_first_step(self.test_function, self._build_to_test)
         return self.test_function
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        """Makes the function that `predict` calls for each batch, as Keras does.
+
+        Args:
+            force: Whether to make it anew. Defaults to `False`.
+
+        Returns:
+            The function.
+        """
+        self._settle()
+        return super().make_predict_function(force=force)
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -167,6 +182,7 @@ class ParallelSteps(Wrapper):
     def _build_to_train(self, spec: Any) -> None:
         if self._steps_are_ours():
             build_for_step(self, spec, training=True)
+            self._settle(running=True)
 
     def _build_to_test(self, spec: Any) -> None:
         if self._steps_are_ours():
@@ -195,7 +211,8 @@ class ParallelSteps(Wrapper):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape, self._calls.record(tape) as recording:
             y_pred = self(x, training=True)
-            with tf.device(self.merge_device):
+            inner = recording.penalties.watching(self.trainable_weights)
+            with tf.device(self.merge_device), inner:
                 loss = self._loss(x, y, y_pred, sample_weight, training=True)
                 scaled = loss if self.optimizer is None else self.optimizer.scale_loss(loss)
         self._apply(recording.gradients(scaled, self.trainable_weights))
@@ -208,8 +225,10 @@ class ParallelSteps(Wrapper):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with self._calls.record(None) as recording:
             y_pred = self(x, training=False)
+        inner = recording.penalties.watching(self.trainable_weights)
         with tf.device(self.merge_device):
-            loss = self._loss(x, y, y_pred, sample_weight, training=False)
+            with inner:
+                loss = self._loss(x, y, y_pred, sample_weight, training=False)
             self._track(loss, recording.rows)
             return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
@@ -219,35 +238,22 @@ class ParallelSteps(Wrapper):
 
     def _update(self, merged: StepResult) -> tf.Tensor:
         """Updates the weights once, and returns the loss with weight regularisers."""
-        loss, penalties = self._with_penalty(merged, training=True)
-        with tf.device(self.merge_device):
-            gradients = [
-                merge.total(pair) for pair in zip(merged.gradients(), penalties, strict=True)
-            ]
+        loss, found = self._with_penalty(merged)
+        scale, gradients = merged.step.loss_scale, merged.gradients()
+        for index, penalty in found.items():
+            with tf.device(penalty.home or None):
+                gradients[index] = merge.total([gradients[index], penalty.gradient(scale)])
         self._apply(gradients)
         return loss
 
-    def _with_penalty(
-        self, merged: StepResult, *, training: bool = False
-    ) -> tuple[tf.Tensor, list[Any]]:
-        """The loss with the weight regularisers, which count once, and their gradients."""
-        variables = self.trainable_weights
+    def _with_penalty(self, merged: StepResult) -> tuple[tf.Tensor, dict[int, Penalty]]:
+        """The loss with the weight regularisers, which count once; those by weight."""
+        found = penalties(self.trainable_weights, merged.step.towers.homes)
         with tf.device(self.merge_device):
             loss = merged.loss()
-            with tf.GradientTape() as tape:
-                penalties = [
-                    tf.cast(variable.regularizer(variable), loss.dtype)
-                    for variable in variables
-                    if variable.regularizer is not None
-                ]
-                penalty = tf.add_n(penalties) if penalties else None
-                scaled = self.optimizer.scale_loss(penalty) if penalties and training else None
-            if penalty is None:
-                return loss, [None] * len(variables)
-            if not training:
-                return loss + penalty, []
-            values = [variable.value for variable in variables]
-            return loss + penalty, tape.gradient(scaled, values)
+            if found:
+                loss += tf.add_n([tf.cast(each.value, loss.dtype) for each in found.values()])
+            return loss, found
 
     def _logs(self, merged: StepResult, loss: tf.Tensor, batch: Data) -> dict[str, Any]:
         """Updates the metrics, and returns their values."""
@@ -261,7 +267,7 @@ class ParallelSteps(Wrapper):
 
     def _apply(self, gradients: list[Any]) -> None:
         if self.trainable_weights:
-            with one_replica():
+            with one_replica(), self.homes.at_home(self.optimizer):
                 self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)

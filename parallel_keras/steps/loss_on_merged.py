@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from parallel_keras import merge
 from parallel_keras.shard import Shards
+from parallel_keras.steps.penalties import Halved
 from parallel_keras.towers.graph import is_handle
 from parallel_keras.towers.results import Call, Merged, Pass, assign
 
@@ -34,6 +35,8 @@ class Recording:
         self._towers = towers
         self._tape = tape
         self._pass: Pass | None = None
+        # One tower goes all the way under the tape of the step, as without this library.
+        self.penalties = Halved(towers.homes, None if towers.alone else tape)
 
     @property
     def is_free(self) -> bool:
@@ -68,7 +71,7 @@ class Recording:
         return results.merged()
 
     def gradients(self, loss: tf.Tensor, variables: Sequence[keras.Variable]) -> list[Any]:
-        """Gradients of the loss, merged on the merge device.
+        """Gradients of the loss, each added up where its weight lives.
 
         Args:
             loss: What the merged outputs led to under the tape.
@@ -85,15 +88,20 @@ class Recording:
             with tf.device(towers.devices[0]):
                 return tape.gradient(loss, values)
         with tf.device(towers.merge_device):
-            parts, direct = tape.gradient(loss, [self._pass.parts(), values])
+            sources = [self._pass.parts(), values, self.penalties.values]
+            parts, direct, ups = tape.gradient(loss, sources)
+        penalties = self.penalties.gradients(ups)
         rows = self._pass.gradients(parts)
         known = [towers.template.variables[index] for index in towers.trainable]
         index_of = {id(variable): index for index, variable in enumerate(known)}
         columns = [_column(rows, index_of.get(id(variable))) for variable in variables]
-        with tf.device(towers.merge_device):
-            summed = towers.workers.add_up(columns)
-            pairs = zip(summed, direct, strict=True)
-            return [merge.total([*column, gradient]) for column, gradient in pairs]
+        columns = towers.workers.add_up(towers.summed(columns, variables))
+        found = []
+        for variable, column, extra in zip(variables, columns, direct, strict=True):
+            with tf.device(towers.homes.of(variable)):
+                more = penalties.get(id(variable), [])
+                found.append(merge.total([*column, extra, *more]))
+        return found
 
     def _unrecorded(self) -> contextlib.AbstractContextManager[Any]:
         # One tower runs under the tape of the step, as without this library.

@@ -135,6 +135,7 @@ class LossStep:
         # Kept as calls, towers start and run faster: nothing of theirs is needed outside.
         results = towers.run(self.on_tower, shards, weights, call, inline=False)
         topic = "train" if self.training else "test"
+        results = self._summed(results)
         return TowerRun(shards, weights, scales, towers.workers.join(results, topic, shards))
 
     def merge(self, run: TowerRun) -> StepResult:
@@ -179,6 +180,15 @@ class LossStep:
             state=state,
             constant=constant,
         )
+
+    def _summed(self, results: list[LossResult]) -> list[LossResult]:
+        """The same results, with gradients added up, which the first has then."""
+        if not self.training:
+            return results
+        columns = [list(column) for column in zip(*[r.gradients for r in results], strict=True)]
+        rows = zip(*self.towers.summed(columns, self.model.trainable_weights), strict=True)
+        pairs = zip(results, rows, strict=True)
+        return [result._replace(gradients=list(row)) for result, row in pairs]
 
     def counters(self) -> list[keras.Variable]:
         """The variables of compiled losses and metrics; each tower starts them at zero."""
@@ -230,9 +240,14 @@ class StepResult:
         return tf.add_n([result.loss for result in self.run.results])
 
     def gradients(self) -> list[Any]:
-        """The gradients of `loss()`, one for each trainable weight."""
-        columns = zip(*[result.gradients for result in self.run.results], strict=True)
-        return [merge.total(column) for column in columns]
+        """The gradients of `loss()`, one for each trainable weight, where that lives."""
+        columns = list(zip(*[result.gradients for result in self.run.results], strict=True))
+        homes, weights = self.step.towers.homes, self.step.model.trainable_weights
+        found = []
+        for weight, column in zip(weights, columns, strict=True):
+            with tf.device(homes.of(weight)):
+                found.append(merge.total(column))
+        return found
 
     def outputs(self) -> Any:
         """The merged outputs; only if the towers do not count."""

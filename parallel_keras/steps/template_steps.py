@@ -11,7 +11,9 @@ import keras
 
 from parallel_keras import _compat
 from parallel_keras.shard import is_empty
+from parallel_keras.steps.penalties import at_home
 from parallel_keras.towers.graph import calling
+from parallel_keras.towers.homes import Homes
 from parallel_keras.towers.results import Call, Merged, as_call
 
 if TYPE_CHECKING:
@@ -54,13 +56,16 @@ class TemplateSteps:
     Args:
         template: The model whose steps are meant.
         make_calls: Function from a model to what runs its calls on towers.
+        homes: Where the template's variables live.
     """
 
     def __init__(
         self,
         template: keras.Model,
         make_calls: Callable[[keras.Model], Calls],
+        homes: Homes,
     ) -> None:
+        self._homes = homes
         self._template = template
         self._make_calls = make_calls
         self._calls: dict[int, Calls] = {}
@@ -81,7 +86,9 @@ class TemplateSteps:
                 stack.enter_context(
                     calling(model, functools.partial(self._call, model, model.call))
                 )
-            return getattr(self._template, step)(data)
+            weights = self._template.trainable_weights
+            with self._homes.at_home(), at_home(weights, self._homes):
+                return getattr(self._template, step)(data)
 
     def _call(
         self, model: keras.Model, whole: Callable[..., Any], *args: Any, **kwargs: Any

@@ -10,6 +10,7 @@ import keras
 if TYPE_CHECKING:
     from parallel_keras.steps.calls import Calls
     from parallel_keras.steps.template_steps import TemplateSteps
+    from parallel_keras.towers.homes import Homes
     from parallel_keras.workers.connection import Workers
     from parallel_keras.workers.message import AnyWorkers
 
@@ -23,6 +24,7 @@ class Wrapper(keras.Model):
         merge_device: String, where outputs and gradients are merged.
         loss_on: String, where the user wants the loss to be computed.
         request: Dict of the constructor's arguments as they were given.
+        homes: Where the template's variables live.
     """
 
     template: keras.Model
@@ -30,6 +32,7 @@ class Wrapper(keras.Model):
     merge_device: str
     loss_on: str
     request: dict[str, Any]
+    homes: Homes
     _workers: AnyWorkers
     _agreed: bool
     _cluster: Workers | None
@@ -39,4 +42,5 @@ class Wrapper(keras.Model):
     train_function: Any
     test_function: Any
     _inherit_compile: Callable[..., None]
+    _settle: Callable[..., None]
     _build_template: Callable[[tuple[Any, ...], dict[str, Any]], None]

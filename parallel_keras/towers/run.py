@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,16 +13,22 @@ from parallel_keras.devices import check_one_job
 from parallel_keras.shard import Shards
 from parallel_keras.towers.collectives import Peers, make_tokens, meet, token
 from parallel_keras.towers.graph import hide_sizes, hide_value, naming_tower
+from parallel_keras.towers.homes import Homes
+from parallel_keras.towers.links import are_far
+from parallel_keras.towers.messages import Copies, carried, sums
 from parallel_keras.towers.results import Pass, State, Taped
 from parallel_keras.towers.state import StateRules, fingerprint
 from parallel_keras.towers.tower import Tower
-from parallel_keras.towers.weights import copies, read, value_of
-from parallel_keras.workers.message import AnyWorkers
+from parallel_keras.towers.weights import read, value_of
+from parallel_keras.workers.message import AnyWorkers, Columns
 
 # Towers that do not talk to each other need a token of any device.
 _ANYWHERE = ("/device:CPU:0",)
 Watch = Callable[[list[tf.Tensor], Any], list[tf.Tensor]]
 Body = Callable[..., Any]
+# What towers return and is merged on the merge device, whatever else they return.
+_CONSTANT = "constant"
+_SMALL = ("loss", "trackers", "counts", "state", _CONSTANT)
 
 
 class Towers:
@@ -38,6 +44,7 @@ class Towers:
         merge_device: Where batches are cut and results are merged.
         rules: What to do with single inputs and outputs, by name.
         workers: Those that these are the towers of one of.
+        homes: Where the template's variables live.
         jit: Whether XLA compiles the tower function. Defaults to `False`.
         eager: Whether the tower function is not traced at all. Defaults to `False`.
     """
@@ -49,6 +56,7 @@ class Towers:
         merge_device: str,
         rules: Mapping[str, str],
         workers: AnyWorkers,
+        homes: Homes,
         *,
         jit: bool = False,
         eager: bool = False,
@@ -58,6 +66,7 @@ class Towers:
         self.merge_device = merge_device
         self.rules = rules
         self.workers = workers
+        self.homes = homes
         self.fingerprint = fingerprint(template)
         self.tower = Tower(template)
         self._state_rules = StateRules(template)
@@ -123,7 +132,7 @@ class Towers:
         """
         handles = tables and not (self._jit or self._eager)
         source = self.tower.tables.source if handles else read
-        return [source(variable) for variable in self.template.variables]
+        return [source(variable, self.homes.of(variable)) for variable in self.template.variables]
 
     def forward(
         self, shards: Shards, weights: list[tf.Tensor], training: Any, watch: Watch | None = None
@@ -173,22 +182,46 @@ class Towers:
             weights: The values of the template's variables.
             call: Calls the tower function.
             inline: Whether TensorFlow may put the towers' operations into the step's
-                graph. If not, it optimises each tower by itself, all at the same time.
+                graph. If not, it optimises each tower by itself, all at the same time;
+                but it may where devices are `are_far` apart. Defaults to `True`.
 
         Returns:
-            What each tower returned.
+            What each tower returned, small things on the merge device.
         """
+        inline = inline or are_far((*self.devices, self.merge_device))
         # A function called by XLA is never inlined, and may not be told so.
         function = self._traced(body, inline=inline or self._jit or len(shards.parts) == 1)
         peers = self._peers(shards)
+        copies = Copies(weights, [self.homes.of(v) for v in self.tower.variables[: len(weights)]])
         results = []
         for index, (device, part) in enumerate(zip(self.devices, shards.parts, strict=False)):
             number = self.workers.first + index
             with tf.device(device), naming_tower(number, device):
                 told = hide_value(tf.constant(number)) if len(shards.rows) > 1 else None
-                copied = copies(weights)
-                results.append(call(function, device, copied, told, peers[index], self._blur(part)))
+                copied = copies.at(device)
+                result = call(function, device, copied, told, peers[index], self._blur(part))
+                results.append(self._brought(result, device, first=index == 0))
         return results
+
+    def summed(self, columns: Columns, variables: Sequence[keras.Variable]) -> Columns:
+        """Adds up the gradients of the towers here, each where its weight lives.
+
+        Sparse ones stay apart: their sum has as many rows as all of them.
+
+        Args:
+            columns: For each weight its gradient on each tower.
+            variables: The weights.
+
+        Returns:
+            For each weight a column of which the first is the sum, and the rest `None`.
+        """
+        dense = [index for index, column in enumerate(columns) if not _is_sparse(column)]
+        homes = [self.homes.of(variables[index]) for index in dense]
+        found = [list(column) for column in columns]
+        added = sums([columns[index] for index in dense], self.devices, homes)
+        for index, value in zip(dense, added, strict=True):
+            found[index] = [value, *[None] * (len(columns[index]) - 1)][: len(columns[index])]
+        return found
 
     def merge_state(self, results: list[Any], weights: list[tf.Tensor], shards: Shards) -> State:
         """The merged new value of every variable that the towers assigned."""
@@ -196,11 +229,34 @@ class Towers:
         if not states[0] and not constant:
             return []
         variables, given = self.tower.variables, dict(enumerate(weights))
-        before = {index: value_of(given.get(index), variables[index]) for index in states[0]}
+        homes = {index: self.homes.of(variables[index]) for index in (*states[0], *constant)}
+        before = {
+            index: value_of(given.get(index), variables[index], homes[index]) for index in states[0]
+        }
+        before = self._by_home(before, homes, to_home=False)
         with tf.device(self.merge_device):
             shares = shards.shares() if len(results) > 1 else []
             merged = self._state_rules.merge(variables, before, states, constant, shares)
+        merged = self._by_home(merged, homes, to_home=True)
         return [(variables[index], value) for index, value in sorted(merged.items())]
+
+    def _brought(self, result: Any, device: str, *, first: bool) -> Any:
+        """What a tower returned, with all that is small and merged on the merge device there."""
+        # What is constant is taken from the first tower.
+        names = [name for name in _SMALL if hasattr(result, name) and (first or name != _CONSTANT)]
+        small = {name: getattr(result, name) for name in names}
+        return result._replace(**carried(small, device, self.merge_device))
+
+    def _by_home(
+        self, values: dict[int, tf.Tensor], homes: dict[int, str], *, to_home: bool
+    ) -> dict[int, tf.Tensor]:
+        """Values of variables, brought from their homes to the merge device or back."""
+        found: dict[int, tf.Tensor] = {}
+        for home in dict.fromkeys(homes.values()):
+            there = {index: value for index, value in values.items() if homes[index] == home}
+            way = (self.merge_device, home) if to_home else (home, self.merge_device)
+            found.update(carried(there, *way))
+        return found
 
     def _traced(self, body: Body, *, inline: bool) -> Body:
         # One tower in a graph needs no function: nothing is traced twice, as without this library.
@@ -240,6 +296,10 @@ class Towers:
         rules = self._state_rules
         hidden = (rules.counts_rows or rules.synchronized) and not self._eager
         return hide_sizes(part) if hidden else part
+
+
+def _is_sparse(column: Sequence[Any]) -> bool:
+    return any(isinstance(value, tf.IndexedSlices) for value in column)
 
 
 def current(make: Callable[[], Towers]) -> Callable[[], Towers]:

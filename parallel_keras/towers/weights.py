@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -37,11 +37,12 @@ class Tables:
         # What a table is and where, as it is outside of any scope that stands in for it.
         self._tables = [_Table(layer, layer.embeddings, layer.embeddings.dtype) for layer in layers]
 
-    def source(self, variable: keras.Variable) -> tf.Tensor:
+    def source(self, variable: keras.Variable, home: str) -> tf.Tensor:
         """What a tower gets for a variable.
 
         Args:
             variable: A variable of the model.
+            home: The device that it lives on.
 
         Returns:
             The handle of a table, a resource tensor of shape `()`, which is the same on
@@ -49,9 +50,9 @@ class Tables:
         """
         for table in self._tables:
             if table.variable is variable:
-                table.device = variable.value.device
+                table.device = home
                 return variable.value.handle
-        return read(variable)
+        return read(variable, home)
 
     @contextlib.contextmanager
     def looking_up(self, scope: TowerScope) -> Iterator[None]:
@@ -89,45 +90,32 @@ class _Table:
         return tf.cast(rows, self.layer.compute_dtype)
 
 
-def read(variable: keras.Variable) -> tf.Tensor:
+def read(variable: keras.Variable, home: str) -> tf.Tensor:
     """The value of a variable, read where it lives.
 
     Args:
         variable: The variable.
+        home: The device that it lives on.
 
     Returns:
         A tensor.
     """
-    own = variable.value
-    with tf.device(getattr(own, "device", None) or None):
-        return tf.convert_to_tensor(own)
+    with tf.device(home or None):
+        return tf.convert_to_tensor(variable.value)
 
 
-def value_of(source: tf.Tensor | None, variable: keras.Variable) -> tf.Tensor:
+def value_of(source: tf.Tensor | None, variable: keras.Variable, home: str) -> tf.Tensor:
     """The value of a variable, read unless that is what the towers were given.
 
     Args:
         source: What `Tables.source` returned for it, `None` if it was not asked.
         variable: The variable.
+        home: The device that it lives on.
 
     Returns:
         A tensor.
     """
-    return read(variable) if source is None or is_handle(source) else source
-
-
-def copies(sources: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Values, copied to the device that is current; handles stay what they are.
-
-    Args:
-        sources: What `Tables.source` returned for each variable.
-
-    Returns:
-        A list, one entry for each source.
-    """
-    values = [source for source in sources if not is_handle(source)]
-    copied = iter(tf.identity_n(values) if values else [])
-    return [source if is_handle(source) else next(copied) for source in sources]
+    return read(variable, home) if source is None or is_handle(source) else source
 
 
 def _looks_up(layer: keras.layers.Layer) -> bool:
