@@ -204,3 +204,21 @@ def may_overwrite(filepath: Any) -> bool:
     beside it. Goes when Keras itself writes files whole.
     """
     return _io_utils.ask_to_proceed_with_overwrite(str(filepath))
+
+
+def function_body(op: tf.Operation) -> Any:
+    """The graph of the function that an operation calls, `None` if it calls none.
+
+    `tf.Graph.as_graph_def` is public and has it too, but copies the graph of the whole step
+    each time. Goes when operations tell what they call.
+
+    Args:
+        op: Operation of a graph that is being traced.
+
+    Returns:
+        The graph, whose `inputs` and `outputs` are those of the operation.
+    """
+    if op.type not in ("PartitionedCall", "StatefulPartitionedCall"):
+        return None
+    function = op.graph._get_function(op.get_attr("f").name)
+    return None if function is None else function.graph

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import keras
@@ -13,10 +13,13 @@ from parallel_keras import _compat, merge
 from parallel_keras.nests import floats
 from parallel_keras.shard import Shards
 from parallel_keras.towers.losses import term_rule
+from parallel_keras.towers.outputs import Given, whole_outputs
 from parallel_keras.workers.message import Message
 
 # Values that a tower gave to a variable, in order, by the number of the variable.
 Updates = dict[int, list[tf.Tensor]]
+# From gradients, and which parts of a tower's result they come from, to gradients by kind.
+Sort = Callable[[list[Any], Sequence[bool]], list[Any]]
 # The new value of each variable that was assigned.
 State = list[tuple[keras.Variable, tf.Tensor]]
 
@@ -65,6 +68,10 @@ class CallResult(NamedTuple):
     state: Updates
     constant: Updates
 
+    def differentiable(self) -> list[tf.Tensor]:
+        """Everything that a gradient can flow to."""
+        return floats((self.outputs, self.logits, self.terms))
+
     def message(self) -> Message:
         """What the other workers need of it."""
         by_rows = (self.outputs, self.masks, self.logits)
@@ -98,7 +105,7 @@ class Merged(NamedTuple):
         return self.outputs
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Taped:
     """The way back through one tower.
 
@@ -106,11 +113,13 @@ class Taped:
         device: Where the tower ran.
         tape: The tape of its gradients.
         sources: The tensors to take gradients for.
+        sort: Takes sparse gradients apart by kind; given them, and which parts they come from.
     """
 
     device: str
     tape: tf.GradientTape
     sources: list[tf.Tensor]
+    sort: Sort | None = None
 
     def gradients(self, parts: list[tf.Tensor], upstream: Sequence[tf.Tensor | None]) -> list[Any]:
         """Gradients of the sources, computed on the tower's device.
@@ -127,7 +136,12 @@ class Taped:
             return [None] * len(self.sources)
         targets, ups = zip(*reached, strict=True)
         with tf.device(self.device):
-            return self.tape.gradient(list(targets), self.sources, output_gradients=list(ups))
+            found = self.tape.gradient(list(targets), self.sources, output_gradients=list(ups))
+            return (
+                found
+                if self.sort is None
+                else self.sort(found, [up is not None for up in upstream])
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +155,7 @@ class Pass:
         state: The merged new value of each variable that was assigned.
         rules: How outputs and losses are joined, by name.
         merge_device: Where.
+        given: What is known of the call besides.
         tapes: For each tower here the way back; empty if there is none.
     """
 
@@ -150,13 +165,18 @@ class Pass:
     state: State
     rules: Mapping[str, str]
     merge_device: str
+    given: Given
     tapes: list[Taped] = dataclasses.field(default_factory=list)
 
     def merged(self) -> Merged:
         """What the towers returned as one, on the merge device."""
         with tf.device(self.merge_device):
+            whole: Collection[int] = ()
+            if len(self.results) > 1:
+                parts = [result.outputs for result in self.here]
+                whole = whole_outputs(parts, self.rules, self.given)
             outputs, masks, logits = (
-                merge.outputs(list(column), self.shards, self.rules)
+                merge.outputs(list(column), self.shards, self.rules, whole)
                 for column in zip(
                     *[(r.outputs, r.masks, r.logits) for r in self.results], strict=True
                 )
@@ -171,7 +191,7 @@ class Pass:
 
     def parts(self) -> list[list[tf.Tensor]]:
         """For each tower here, everything of its result that a gradient can flow to."""
-        return [floats((result.outputs, result.logits, result.terms)) for result in self.here]
+        return [result.differentiable() for result in self.here]
 
     def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:
         """Gradients of each tower's sources, computed on its device.
