@@ -167,6 +167,22 @@ def layer_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return [metric for layer in all_layers(model) for metric in layer._metrics]
 
 
+def loss_owners(model: keras.Model) -> dict[int, int]:
+    """Which layer a term of `add_loss` came from, while a stateless scope collects them.
+
+    `layer.losses` is public, but gives a layer's terms together with those of its sublayers.
+    Goes when Keras tells them apart.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of the layer in `all_layers(model)` by the `id` of the term.
+    """
+    layers = enumerate(all_layers(model))
+    return {term: number for number, layer in layers for term in layer._loss_ids}
+
+
 def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The model and every layer in it, each once.
 

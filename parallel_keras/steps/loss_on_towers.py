@@ -17,7 +17,7 @@ from parallel_keras.shard import Shards
 from parallel_keras.towers.collectives import talking_to
 from parallel_keras.towers.graph import hide_value
 from parallel_keras.towers.losses import term_rule
-from parallel_keras.towers.outputs import are_rows, whole_outputs
+from parallel_keras.towers.outputs import are_by_rows, are_rows, whole_outputs
 from parallel_keras.towers.results import State, Updates, as_call
 from parallel_keras.workers.message import Message
 
@@ -163,7 +163,9 @@ class LossStep:
             y_pred = tower.call_template(scope, part["call"], self.training)
             self._check_rows(y_pred, part)
             data_loss = _compat.data_loss(self.model, part["y"], y_pred, part["weights"])
-            loss = self._weighted(data_loss, scope.terms, *scales)
+            if scope.activities:
+                raise NeedsWholeBatch
+            loss = self._weighted(data_loss, tower.terms(scope), part, *scales)
         up = None if loss_scale is None else tf.cast(loss_scale, loss.dtype)
         gradients = tape.gradient(loss, sources, output_gradients=up) if sources else []
         given = (weights, number, peers, part, scales, loss_scale)
@@ -210,14 +212,18 @@ class LossStep:
         self,
         data_loss: tf.Tensor,
         terms: dict[str, list[tf.Tensor]],
+        part: dict[str, Any],
         scale: tf.Tensor,
         share: tf.Tensor,
     ) -> tf.Tensor:
         """This tower's part of the loss of the whole batch."""
-        loss = data_loss * tf.cast(scale, data_loss.dtype)
-        for source, values in terms.items():
-            weight = tf.sign(share) if term_rule(source, self.towers.rules) == "sum" else share
+        loss, rules = data_loss * tf.cast(scale, data_loss.dtype), self.towers.rules
+        for key, values in terms.items():
             for term in values:
+                added_up = term_rule(key.split("/")[0], rules) == "sum"
+                if term.shape.rank and not added_up:
+                    added_up = are_by_rows([term], self.towers.given_to(part))
+                weight = tf.sign(share) if added_up else share
                 loss += tf.cast(tf.reduce_sum(term), loss.dtype) * tf.cast(weight, loss.dtype)
         return loss
 

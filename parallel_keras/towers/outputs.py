@@ -26,12 +26,15 @@ class Given(NamedTuple):
         sizes: Function from a number of rows to outputs of that many, a nest of things with a
             `shape`. It calls the template once more, symbolically.
         known: What a functional template knows of its outputs: the shape of each leaf.
+        penalty: Function from the number of a layer, and its activity over the whole batch, to
+            what its activity regulariser makes of that.
     """
 
     counts: list[Any]
     leaves: list[Any]
     sizes: Callable[[int], Any]
     known: list[tuple[int | None, ...]]
+    penalty: Callable[[str, tf.Tensor], tf.Tensor]
 
     def has_rows_alone(self, index: int) -> bool:
         """Whether an output is known to have rows on its first axis, and on no other."""
@@ -124,6 +127,29 @@ def are_rows(leaves: Sequence[Any], given: Given) -> bool:
     ]
     following = _following(leaves, doubtful, given) if doubtful else {}
     return all(map(_are_rows, following.values()))
+
+
+def are_by_rows(column: Sequence[tf.Tensor], given: Given) -> bool:
+    """Whether a term of the loss has a value for each row, which then are added up.
+
+    Args:
+        column: The term of each tower here.
+        given: What is known of the call.
+
+    Raises:
+        ValueError: If it is about pairs of rows.
+    """
+    first, counts = column[0], given.counts
+    if not first.shape.rank:
+        return False
+    rows = counts[0]
+    if isinstance(rows, int) and len(set(counts)) > 1:
+        return len({one.shape[0] / count for one, count in zip(column, counts, strict=True)}) == 1
+    found = [] if tf.executing_eagerly() else _axes_of(lambda n: _sizes_in_graph([first], given, n))
+    if found:
+        _check(("add_loss",), first, [found[0][0] or None, *found[0][1:]])
+        return bool(found[0][0])
+    return first.shape[0] is None or (isinstance(rows, int) and first.shape[0] % rows == 0)
 
 
 def _following(leaves: Sequence[Any], doubtful: list[int], given: Given) -> dict[int, Axes]:

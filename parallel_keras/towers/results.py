@@ -13,7 +13,7 @@ from parallel_keras import _compat, merge
 from parallel_keras.nests import floats
 from parallel_keras.shard import Shards
 from parallel_keras.towers.losses import term_rule
-from parallel_keras.towers.outputs import Given, whole_outputs
+from parallel_keras.towers.outputs import Given, are_by_rows, whole_outputs
 from parallel_keras.workers.message import Message
 
 # Values that a tower gave to a variable, in order, by the number of the variable.
@@ -56,7 +56,9 @@ class CallResult(NamedTuple):
         outputs: Nest of tensors.
         masks: Their masks, a nest like it.
         logits: What a softmax or sigmoid at the end was computed from, a nest like it.
-        terms: What layers gave to `add_loss`, by where it came from, see `TowerScope`.
+        terms: What layers gave to `add_loss`, see `Tower.terms`.
+        activities: What activity regularisers will see of the whole batch, by the number of
+            the layer.
         state: What was assigned and depends on the shard.
         constant: What was assigned and does not.
     """
@@ -65,22 +67,31 @@ class CallResult(NamedTuple):
     masks: Any
     logits: Any
     terms: dict[str, list[tf.Tensor]]
+    activities: dict[str, list[tf.Tensor]]
     state: Updates
     constant: Updates
 
     def differentiable(self) -> list[tf.Tensor]:
         """Everything that a gradient can flow to."""
-        return floats((self.outputs, self.logits, self.terms))
+        return floats((self.outputs, self.logits, self.terms, self.activities))
 
     def message(self) -> Message:
         """What the other workers need of it."""
-        by_rows = (self.outputs, self.masks, self.logits)
-        return Message([], by_rows, (), self.terms, (self.state, self.constant))
+        # Terms that are no numbers may have rows, of which each tower has others.
+        numbers = _terms(self.terms, lambda term: term.shape.rank == 0)
+        others = _terms(self.terms, lambda term: term.shape.rank != 0)
+        by_rows = (self.outputs, self.masks, self.logits, self.activities, others)
+        return Message([], by_rows, (), numbers, (self.state, self.constant))
 
     def received(self, message: Message) -> CallResult:
         """The result of the tower that the message is from."""
-        (outputs, masks, logits), (state, constant) = message.by_rows, message.state
-        return CallResult(outputs, masks, logits, message.terms, state, constant)
+        outputs, masks, logits, activities, others = message.by_rows
+        numbers, (state, constant) = message.terms, message.state
+        terms = {}
+        for owner, mine in self.terms.items():
+            scalars, vectors = iter(numbers.get(owner, [])), iter(others.get(owner, []))
+            terms[owner] = [next(vectors if term.shape.rank else scalars) for term in mine]
+        return CallResult(outputs, masks, logits, terms, activities, state, constant)
 
 
 class Merged(NamedTuple):
@@ -90,13 +101,13 @@ class Merged(NamedTuple):
         outputs: Nest of tensors, rows in order.
         masks: Their masks, a nest like it.
         logits: What a softmax or sigmoid at the end was computed from, a nest like it.
-        terms: What layers gave to `add_loss`.
+        terms: What layers gave to `add_loss`, by the number of the layer.
     """
 
     outputs: Any
     masks: Any
     logits: Any
-    terms: list[tf.Tensor]
+    terms: dict[str, list[tf.Tensor]]
 
     def attached(self) -> Any:
         """The outputs, with masks and logits attached as Keras does."""
@@ -181,13 +192,33 @@ class Pass:
                     *[(r.outputs, r.masks, r.logits) for r in self.results], strict=True
                 )
             )
-            shares = self.shards.shares() if len(self.results) > 1 else []
-            terms = []
-            for source in self.results[0].terms:
-                join = merge.live_sum if term_rule(source, self.rules) == "sum" else merge.mean
-                columns = zip(*[result.terms[source] for result in self.results], strict=True)
-                terms += [join(list(column), shares) for column in columns]
+            terms = self._terms()
             return Merged(outputs, masks, logits, terms)
+
+    def _terms(self) -> dict[str, list[tf.Tensor]]:
+        """What layers gave to `add_loss`, of the whole batch, by the number of the layer."""
+        found: dict[str, list[tf.Tensor]] = {}
+        for key in self.results[0].terms:
+            source, owner = key.split("/")
+            here = zip(*[result.terms[key] for result in self.here], strict=True)
+            everyone = zip(*[result.terms[key] for result in self.results], strict=True)
+            found.setdefault(owner, []).extend(
+                self._term(list(column), list(mine), source)
+                for column, mine in zip(everyone, here, strict=True)
+            )
+        for owner in self.results[0].activities:
+            for column in zip(*[result.activities[owner] for result in self.results], strict=True):
+                activity = merge.outputs(list(column), self.shards)
+                found.setdefault(owner, []).append(self.given.penalty(owner, activity))
+        return found
+
+    def _term(self, column: list[tf.Tensor], here: list[tf.Tensor], source: str) -> tf.Tensor:
+        if len(column) == 1:
+            return column[0]
+        if are_by_rows(here, self.given):
+            return merge.outputs(column, self.shards)
+        join = merge.live_sum if term_rule(source, self.rules) == "sum" else merge.mean
+        return join(column, self.shards.shares())
 
     def parts(self) -> list[list[tf.Tensor]]:
         """For each tower here, everything of its result that a gradient can flow to."""
@@ -210,3 +241,9 @@ def assign(state: State) -> None:
     """Gives variables the values that the towers' assignments came to."""
     for variable, value in state:
         variable.assign(value)
+
+
+def _terms(
+    terms: dict[str, list[tf.Tensor]], which: Callable[[tf.Tensor], bool]
+) -> dict[str, list[tf.Tensor]]:
+    return {owner: [term for term in some if which(term)] for owner, some in terms.items()}

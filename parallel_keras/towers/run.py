@@ -187,7 +187,8 @@ class Towers:
         known = [tuple(output.shape) for output in getattr(self.template, "outputs", None) or []]
         # A call may have nothing to cut but what all towers get whole.
         counts = [*counts] or [leaves[0].shape[0] if leaves else None]
-        return Given(counts, leaves, functools.partial(self._sizes, call), known)
+        sizes = functools.partial(self._sizes, call)
+        return Given(counts, leaves, sizes, known, self.tower.penalty)
 
     def _sizes(self, call: Call, rows: int) -> Any:
         """The outputs of a call with another number of rows, symbolically."""
