@@ -169,6 +169,22 @@ def layer_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return [metric for layer in all_layers(model) for metric in layer._metrics]
 
 
+def loss_owners(model: keras.Model) -> dict[int, int]:
+    """Which layer a term of `add_loss` came from, while a stateless scope collects them.
+
+    `layer.losses` is public, but gives a layer's terms together with those of its sublayers.
+    Goes when Keras tells them apart.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of the layer in `all_layers(model)` by the `id` of the term.
+    """
+    layers = enumerate(all_layers(model))
+    return {term: number for number, layer in layers for term in layer._loss_ids}
+
+
 def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The model and every layer in it, each once.
 
@@ -277,3 +293,38 @@ def may_overwrite(filepath: Any) -> bool:
     beside it. Goes when Keras itself writes files whole.
     """
     return _io_utils.ask_to_proceed_with_overwrite(str(filepath))
+
+
+def captured(placeholder: tf.Tensor) -> tf.Tensor | None:
+    """What a graph that is being traced takes from outside under this name, or `None`.
+
+    Goes when graphs of functions are public.
+
+    Args:
+        placeholder: A placeholder of the graph.
+
+    Returns:
+        The tensor outside, if that is one of a graph, too.
+    """
+    for outside, inside in getattr(placeholder.graph, "captures", ()):
+        if inside is placeholder and hasattr(outside, "op"):
+            return outside
+    return None
+
+
+def function_body(op: tf.Operation) -> Any:
+    """The graph of the function that an operation calls, `None` if it calls none.
+
+    `tf.Graph.as_graph_def` is public and has it too, but copies the graph of the whole step
+    each time. Goes when operations tell what they call.
+
+    Args:
+        op: Operation of a graph that is being traced.
+
+    Returns:
+        The graph, whose `inputs` and `outputs` are those of the operation.
+    """
+    if op.type not in ("PartitionedCall", "StatefulPartitionedCall"):
+        return None
+    function = op.graph._get_function(op.get_attr("f").name)
+    return None if function is None else function.graph

@@ -1,15 +1,21 @@
 """From what the towers returned to one result. Pure: knows nothing of models."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from parallel_keras import slices
 from parallel_keras.shard import Rows, Shards
 
 
-def outputs(parts: Sequence[Any], shards: Shards, rules: Mapping[str, str] | None = None) -> Any:
+def outputs(
+    parts: Sequence[Any],
+    shards: Shards,
+    rules: Mapping[str, str] | None = None,
+    whole: Collection[int] = (),
+) -> Any:
     """Joins the outputs of the towers, rows in order: the inverse of `shard`.
 
     | leaf                         | merged as                                     |
@@ -25,6 +31,8 @@ def outputs(parts: Sequence[Any], shards: Shards, rules: Mapping[str, str] | Non
             `"pad"` (fill the parts up with zeros to the largest size),
             `"whole"` (the same on every tower: take the first), `"mean"` or
             `"sum"` (rank 0 only). Defaults to none.
+        whole: The numbers of the leaves that are known to be the same on every
+            tower. Defaults to none.
 
     Returns:
         A nest of the structure of one part.
@@ -44,9 +52,10 @@ def outputs(parts: Sequence[Any], shards: Shards, rules: Mapping[str, str] | Non
         return parts[0]
     paths = [path for path, _ in keras.tree.flatten_with_path(parts[0])]
     columns = zip(*[keras.tree.flatten(part) for part in parts], strict=True)
+    rule_of = dict.fromkeys(whole, "whole")
     merged = [
-        _join(list(column), shards, _name(path), (rules or {}).get(_last(path)))
-        for path, column in zip(paths, columns, strict=True)
+        _join(list(column), shards, _name(path), (rules or {}).get(_last(path), rule_of.get(index)))
+        for index, (path, column) in enumerate(zip(paths, columns, strict=True))
     ]
     return keras.tree.pack_sequence_as(parts[0], merged)
 
@@ -97,26 +106,22 @@ def live_sum(values: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]) -> tf.Ten
 def total(values: Sequence[Any]) -> Any:
     """Sum of one gradient from each tower.
 
-    Sparse gradients (`tf.IndexedSlices`, from embeddings) stay sparse: their
-    rows are put one after the other, which the optimizer adds up.
+    Sparse gradients (`tf.IndexedSlices`, from embeddings) stay sparse, and have the slices
+    that they have on one device, see `slices.total`.
 
     Args:
-        values: Sequence of tensors, `tf.IndexedSlices` or `None` for towers
-            that the weight does not reach.
+        values: Sequence of tensors, `tf.IndexedSlices`, dicts of them by kind, or `None` for
+            towers that the weight does not reach.
 
     Returns:
         A tensor, a `tf.IndexedSlices`, or `None` if all values are.
     """
     present = [value for value in values if value is not None]
-    if len(present) < 2:
-        return present[0] if present else None
-    if all(isinstance(value, tf.IndexedSlices) for value in present):
-        return tf.IndexedSlices(
-            tf.concat([value.values for value in present], axis=0),
-            tf.concat([value.indices for value in present], axis=0),
-            present[0].dense_shape,
-        )
-    return tf.add_n([tf.convert_to_tensor(value) for value in present])
+    if not present:
+        return None
+    if all(slices.is_sparse(value) for value in present):
+        return slices.total(present)
+    return present[0] if len(present) == 1 else tf.add_n([slices.dense(v) for v in present])
 
 
 def increments(old: tf.Tensor, new: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -239,10 +244,14 @@ def _pad(column: list[Any]) -> list[Any]:
 
 def _check_sizes(column: list[Any], shards: Shards, name: str) -> list[tf.Operation]:
     """Fails with the output's name where a concatenation would be wrong or fail without it."""
-    shapes = [value.shape for value in column]
+    shapes, each = [value.shape for value in column], None
     for shape, rows in zip(shapes, shards.rows, strict=True):
         length = shape[0] if shape.rank else None
-        if length is not None and (not isinstance(rows, int) or length % max(rows, 1)):
+        if length is None:
+            continue
+        known = isinstance(rows, int)
+        each = length / max(rows, 1) if each is None and known else each
+        if not known or length % max(rows, 1) or (rows and length / rows != each):
             raise ValueError(
                 f"Expected the first axis of {name} to be the batch. Received: shape={shape} from "
                 f"a tower with {rows if isinstance(rows, int) else 'a varying number of'} rows. "

@@ -344,3 +344,23 @@ def test_initial_epoch() -> None:
     history = model.fit(*data, epochs=3, verbose=0, callbacks=[Restore()])
     assert history.epoch == [2]
     assert _compat.get_initial_epoch(model) == 2
+
+
+def test_functions_of_a_graph_have_no_public_way() -> None:
+    @tf.function(autograph=False)
+    def inner(x: tf.Tensor) -> tf.Tensor:
+        return tf.sin(x)
+
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf.compat.v1.placeholder(tf.float32, [3])
+        (call,) = {inner(x).op.inputs[0].op, inner(x).op} & {
+            op for op in graph.get_operations() if "Call" in op.type
+        }
+        body = _compat.function_body(call)
+        assert [op.type for op in body.get_operations()][:2] == ["Placeholder", "Sin"]
+        assert len(body.inputs) == len(call.inputs)
+        assert len(body.outputs) == len(call.outputs)
+        assert _compat.function_body(tf.sin(x).op) is None
+    public = [name for name in dir(tf.Graph) if "function" in name and name[0] != "_"]
+    assert public == ["building_function"]

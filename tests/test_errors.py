@@ -181,16 +181,19 @@ RAISES = {
     "devices.py": 15,
     "explaining/explain.py": 4,
     "explaining/timeline.py": 1,
-    "steps/loss_on_towers.py": 1,
+    "steps/loss_on_towers.py": 3,
     "merge.py": 2,
     "model.py": 1,
     "multi_gpu.py": 3,
     "keras_api/old_weights.py": 6,
     "towers/collectives.py": 1,
     "towers/graph.py": 1,
+    "towers/outputs.py": 2,
+    "towers/sparse.py": 1,
     "explaining/self_check.py": 1,
     "shard.py": 2,
     "towers/run.py": 1,
+    "verifying/verify.py": 2,
     "workers/agreement.py": 1,
     "workers/cluster.py": 11,
     "workers/connection.py": 2,
@@ -246,7 +249,7 @@ def test_loss_on_towers_needs_a_sum_over_rows() -> None:
 def test_outputs_are_not_merged_unasked() -> None:
     cause = RuntimeError("found while tracing")
     checks.check_may_merge("auto", cause)
-    with pytest.raises(ValueError, match="has a mask, or no axis besides rows") as caught:
+    with pytest.raises(ValueError, match="has a mask, no axis besides rows") as caught:
         checks.check_may_merge("towers", cause)
     assert caught.value.__cause__ is cause
 

@@ -18,7 +18,7 @@ FLOORS = (
     ("steps",),
     ("towers",),
     ("workers",),
-    ("shard", "merge", "nests", "devices", "hardware", "_compat", "_version"),
+    ("shard", "merge", "slices", "nests", "devices", "hardware", "_compat", "_version"),
 )
 LONGEST_CHAIN = 9
 

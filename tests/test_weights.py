@@ -13,6 +13,8 @@ import tensorflow as tf
 import parallel_keras as pk
 from parallel_keras.towers import weights
 from parallel_keras.towers.graph import is_handle
+from parallel_keras.towers.homes import Homes
+from parallel_keras.towers.messages import Copies
 from parallel_keras.towers.run import Towers
 from parallel_keras.workers.alone import Alone
 from tests.parity import ATOL, RTOL, Waits, assert_same_fit, pair, rng, rows
@@ -287,17 +289,18 @@ def test_gradients_of_a_tape_of_ones_own() -> None:
 
 def test_copies_leave_handles_alone() -> None:
     variable = keras.Variable(np.ones((3, 2), "float32"))
-    sources = [variable.value.handle, weights.read(variable)]
-    copied = weights.copies(sources)
+    sources = [variable.value.handle, weights.read(variable, "/device:CPU:0")]
+    copied = Copies(sources, ["/device:CPU:0"] * 2).at("/device:CPU:1")
     assert copied[0] is sources[0]
     assert [is_handle(source) for source in copied] == [True, False]
     np.testing.assert_array_equal(copied[1], np.ones((3, 2)))
-    assert weights.copies([]) == []
+    assert Copies([], []).at("/device:CPU:1") == []
 
 
 def two_towers(template: keras.Model) -> Towers:
     devices = ("/device:CPU:0", "/device:CPU:1")
-    return Towers(template, devices, devices[0], {}, Alone(2))
+    homes = Homes(template, devices, "unmoved")
+    return Towers(template, devices, devices[0], {}, Alone(2), homes)
 
 
 def test_which_tables_stay(monkeypatch: pytest.MonkeyPatch) -> None:

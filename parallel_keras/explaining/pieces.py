@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
@@ -155,7 +156,7 @@ class Pieces:
         with tf.GradientTape() as tape, tf.device(self.parallel.merge_device):
             tape.watch(forward.parts())
             merged = forward.merged()
-            terms = [tf.cast(term, tf.float32) for term in merged.terms]
+            terms = [tf.cast(term, tf.float32) for term in keras.tree.flatten(merged.terms)]
             loss = tf.add_n([tf.zeros(()), *terms])
             if self.parallel.loss is not None:
                 data_loss = _compat.data_loss(self.parallel, y, merged.attached(), sample_weight)

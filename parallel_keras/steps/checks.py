@@ -219,5 +219,6 @@ def check_may_merge(loss_on: str, cause: Exception) -> None:
     if loss_on == "towers":
         raise ValueError(
             "The loss of the batch is not the sum of the losses of its parts: an output has a "
-            'mask, or no axis besides rows. Received: loss_on="towers". Use loss_on="auto".'
+            "mask, no axis besides rows, or not its rows on the first axis alone, or an activity "
+            'regulariser may look at several rows. Received: loss_on="towers". Use loss_on="auto".'
         ) from cause

@@ -17,6 +17,7 @@ from parallel_keras.shard import Shards
 from parallel_keras.towers.collectives import talking_to
 from parallel_keras.towers.graph import hide_value
 from parallel_keras.towers.losses import term_rule
+from parallel_keras.towers.outputs import are_by_rows, are_rows, whole_outputs
 from parallel_keras.towers.results import State, Updates, as_call
 from parallel_keras.workers.message import Message
 
@@ -161,11 +162,15 @@ class LossStep:
         with scope, talking_to(peers), tape:
             tape.watch(sources)
             y_pred = tower.call_template(scope, part["call"], self.training)
-            _check_rows(y_pred)
+            self._check_rows(y_pred, part)
             data_loss = _compat.data_loss(self.model, part["y"], y_pred, part["weights"])
-            loss = self._weighted(data_loss, scope.terms, *scales)
+            if scope.activities:
+                raise NeedsWholeBatch
+            loss = self._weighted(data_loss, tower.terms(scope), part, *scales)
         up = None if loss_scale is None else tf.cast(loss_scale, loss.dtype)
         gradients = tape.gradient(loss, sources, output_gradients=up) if sources else []
+        given = (weights, number, peers, part, scales, loss_scale)
+        gradients = self.towers.sort(gradients, "loss", self._gradients_again, given)
         with scope, talking_to(peers):
             trackers = [tracker.result() for tracker in _compat.loss_trackers(self.model)]
             if self.count:
@@ -190,6 +195,19 @@ class LossStep:
         pairs = zip(results, rows, strict=True)
         return [result._replace(gradients=list(row)) for result, row in pairs]
 
+    def _check_rows(self, y_pred: Any, part: dict[str, Any]) -> None:
+        """Leaves the loss to the whole batch unless each output has a row for each of the batch."""
+        leaves = keras.tree.flatten(y_pred)
+        for leaf in leaves:
+            rows_alone = isinstance(leaf, tf.Tensor) and (leaf.shape.rank or 0) > 1
+            if not rows_alone or _compat.get_mask(leaf) is not None:
+                raise NeedsWholeBatch
+        if not self.towers.alone and not are_rows(leaves, self.towers.given_to(part)):
+            raise NeedsWholeBatch
+
+    def _gradients_again(self, *given: Any) -> list[Any]:
+        return self.on_tower(*given).gradients
+
     def counters(self) -> list[keras.Variable]:
         """The variables of compiled losses and metrics; each tower starts them at zero."""
         metrics = [*_compat.loss_trackers(self.model), *_compat.compiled_metrics(self.model)]
@@ -204,14 +222,18 @@ class LossStep:
         self,
         data_loss: tf.Tensor,
         terms: dict[str, list[tf.Tensor]],
+        part: dict[str, Any],
         scale: tf.Tensor,
         share: tf.Tensor,
     ) -> tf.Tensor:
         """This tower's part of the loss of the whole batch."""
-        loss = data_loss * tf.cast(scale, data_loss.dtype)
-        for source, values in terms.items():
-            weight = tf.sign(share) if term_rule(source, self.towers.rules) == "sum" else share
+        loss, rules = data_loss * tf.cast(scale, data_loss.dtype), self.towers.rules
+        for key, values in terms.items():
             for term in values:
+                added_up = term_rule(key.split("/")[0], rules) == "sum"
+                if term.shape.rank and not added_up:
+                    added_up = are_by_rows([term], self.towers.given_to(part))
+                weight = tf.sign(share) if added_up else share
                 loss += tf.cast(tf.reduce_sum(term), loss.dtype) * tf.cast(weight, loss.dtype)
         return loss
 
@@ -251,8 +273,12 @@ class StepResult:
 
     def outputs(self) -> Any:
         """The merged outputs; only if the towers do not count."""
-        parts = [result.outputs for result in self.run.results]
-        return merge.outputs(parts, self.run.shards, self.step.towers.rules)
+        parts, towers = [result.outputs for result in self.run.results], self.step.towers
+        given = towers.given(self.run.shards)
+        first = towers.workers.first
+        here = parts[first : first + len(given.counts)]
+        whole = whole_outputs(here, towers.rules, given) if len(parts) > 1 else ()
+        return merge.outputs(parts, self.run.shards, towers.rules, whole)
 
     def update_counters(self) -> None:
         """Adds what the towers counted to compiled metrics and loss trackers."""
@@ -272,10 +298,3 @@ class StepResult:
         for counter, added in zip(self.step.counters(), counts, strict=True):
             if id(counter) not in trackers:
                 counter.assign_add(merge.live_sum(added, self.run.shards.shares()))
-
-
-def _check_rows(y_pred: Any) -> None:
-    for leaf in keras.tree.flatten(y_pred):
-        rows_alone = isinstance(leaf, tf.Tensor) and (leaf.shape.rank or 0) > 1
-        if not rows_alone or _compat.get_mask(leaf) is not None:
-            raise NeedsWholeBatch

@@ -110,6 +110,7 @@ class TemplateSteps:
 
         call = as_call(args, kwargs, mask)
         merged = self._calls[id(model)].differentiable(flow, call, training)
-        if merged.terms:
-            model.add_loss(merged.terms)
+        layers = _compat.all_layers(model) if merged.terms else []
+        for number, terms in merged.terms.items():
+            layers[int(number)].add_loss(terms)
         return merged.attached()

@@ -113,6 +113,36 @@ def term_rule(source: str, rules: Mapping[str, str]) -> str:
     return ACTIVITY_RULE if source == "activity" else rules.get("add_loss", "mean")
 
 
+def adds_up_by_rows(regularizer: Any) -> bool:
+    """Whether the penalty of a batch is the sum of those of its rows.
+
+    Args:
+        regularizer: What was given to a layer as its `activity_regularizer`.
+
+    Returns:
+        `True` only for Keras' own classes of which that is known.
+    """
+    known = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+    return type(regularizer) in known
+
+
+def activity_penalty(regularizer: Any, activity: Any) -> Any:
+    """The term of the loss that Keras makes of the activity of a layer.
+
+    Args:
+        regularizer: The layer's `activity_regularizer`.
+        activity: What the layer returned, a tensor of the whole batch.
+
+    Returns:
+        A tensor.
+    """
+    penalty = regularizer(activity)
+    if ACTIVITY_RULE == "sum" or activity.shape.rank == 0:
+        return penalty
+    rows = keras.ops.cast(keras.ops.shape(activity)[0], penalty.dtype)
+    return keras.ops.divide_no_nan(penalty, rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """Whether towers may compute a loss, and if not, why.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import keras
@@ -13,10 +13,13 @@ from parallel_keras import _compat, merge
 from parallel_keras.nests import floats
 from parallel_keras.shard import Shards
 from parallel_keras.towers.losses import term_rule
+from parallel_keras.towers.outputs import Given, are_by_rows, whole_outputs
 from parallel_keras.workers.message import Message
 
 # Values that a tower gave to a variable, in order, by the number of the variable.
 Updates = dict[int, list[tf.Tensor]]
+# From gradients, and which parts of a tower's result they come from, to gradients by kind.
+Sort = Callable[[list[Any], Sequence[bool]], list[Any]]
 # The new value of each variable that was assigned.
 State = list[tuple[keras.Variable, tf.Tensor]]
 
@@ -53,7 +56,9 @@ class CallResult(NamedTuple):
         outputs: Nest of tensors.
         masks: Their masks, a nest like it.
         logits: What a softmax or sigmoid at the end was computed from, a nest like it.
-        terms: What layers gave to `add_loss`, by where it came from, see `TowerScope`.
+        terms: What layers gave to `add_loss`, see `Tower.terms`.
+        activities: What activity regularisers will see of the whole batch, by the number of
+            the layer.
         state: What was assigned and depends on the shard.
         constant: What was assigned and does not.
     """
@@ -62,18 +67,31 @@ class CallResult(NamedTuple):
     masks: Any
     logits: Any
     terms: dict[str, list[tf.Tensor]]
+    activities: dict[str, list[tf.Tensor]]
     state: Updates
     constant: Updates
 
+    def differentiable(self) -> list[tf.Tensor]:
+        """Everything that a gradient can flow to."""
+        return floats((self.outputs, self.logits, self.terms, self.activities))
+
     def message(self) -> Message:
         """What the other workers need of it."""
-        by_rows = (self.outputs, self.masks, self.logits)
-        return Message([], by_rows, (), self.terms, (self.state, self.constant))
+        # Terms that are no numbers may have rows, of which each tower has others.
+        numbers = _terms(self.terms, lambda term: term.shape.rank == 0)
+        others = _terms(self.terms, lambda term: term.shape.rank != 0)
+        by_rows = (self.outputs, self.masks, self.logits, self.activities, others)
+        return Message([], by_rows, (), numbers, (self.state, self.constant))
 
     def received(self, message: Message) -> CallResult:
         """The result of the tower that the message is from."""
-        (outputs, masks, logits), (state, constant) = message.by_rows, message.state
-        return CallResult(outputs, masks, logits, message.terms, state, constant)
+        outputs, masks, logits, activities, others = message.by_rows
+        numbers, (state, constant) = message.terms, message.state
+        terms = {}
+        for owner, mine in self.terms.items():
+            scalars, vectors = iter(numbers.get(owner, [])), iter(others.get(owner, []))
+            terms[owner] = [next(vectors if term.shape.rank else scalars) for term in mine]
+        return CallResult(outputs, masks, logits, terms, activities, state, constant)
 
 
 class Merged(NamedTuple):
@@ -83,13 +101,13 @@ class Merged(NamedTuple):
         outputs: Nest of tensors, rows in order.
         masks: Their masks, a nest like it.
         logits: What a softmax or sigmoid at the end was computed from, a nest like it.
-        terms: What layers gave to `add_loss`.
+        terms: What layers gave to `add_loss`, by the number of the layer.
     """
 
     outputs: Any
     masks: Any
     logits: Any
-    terms: list[tf.Tensor]
+    terms: dict[str, list[tf.Tensor]]
 
     def attached(self) -> Any:
         """The outputs, with masks and logits attached as Keras does."""
@@ -98,7 +116,7 @@ class Merged(NamedTuple):
         return self.outputs
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Taped:
     """The way back through one tower.
 
@@ -106,11 +124,13 @@ class Taped:
         device: Where the tower ran.
         tape: The tape of its gradients.
         sources: The tensors to take gradients for.
+        sort: Takes sparse gradients apart by kind; given them, and which parts they come from.
     """
 
     device: str
     tape: tf.GradientTape
     sources: list[tf.Tensor]
+    sort: Sort | None = None
 
     def gradients(self, parts: list[tf.Tensor], upstream: Sequence[tf.Tensor | None]) -> list[Any]:
         """Gradients of the sources, computed on the tower's device.
@@ -127,7 +147,12 @@ class Taped:
             return [None] * len(self.sources)
         targets, ups = zip(*reached, strict=True)
         with tf.device(self.device):
-            return self.tape.gradient(list(targets), self.sources, output_gradients=list(ups))
+            found = self.tape.gradient(list(targets), self.sources, output_gradients=list(ups))
+            return (
+                found
+                if self.sort is None
+                else self.sort(found, [up is not None for up in upstream])
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +166,7 @@ class Pass:
         state: The merged new value of each variable that was assigned.
         rules: How outputs and losses are joined, by name.
         merge_device: Where.
+        given: What is known of the call besides.
         tapes: For each tower here the way back; empty if there is none.
     """
 
@@ -150,28 +176,53 @@ class Pass:
     state: State
     rules: Mapping[str, str]
     merge_device: str
+    given: Given
     tapes: list[Taped] = dataclasses.field(default_factory=list)
 
     def merged(self) -> Merged:
         """What the towers returned as one, on the merge device."""
         with tf.device(self.merge_device):
+            whole: Collection[int] = ()
+            if len(self.results) > 1:
+                parts = [result.outputs for result in self.here]
+                whole = whole_outputs(parts, self.rules, self.given)
             outputs, masks, logits = (
-                merge.outputs(list(column), self.shards, self.rules)
+                merge.outputs(list(column), self.shards, self.rules, whole)
                 for column in zip(
                     *[(r.outputs, r.masks, r.logits) for r in self.results], strict=True
                 )
             )
-            shares = self.shards.shares() if len(self.results) > 1 else []
-            terms = []
-            for source in self.results[0].terms:
-                join = merge.live_sum if term_rule(source, self.rules) == "sum" else merge.mean
-                columns = zip(*[result.terms[source] for result in self.results], strict=True)
-                terms += [join(list(column), shares) for column in columns]
+            terms = self._terms()
             return Merged(outputs, masks, logits, terms)
+
+    def _terms(self) -> dict[str, list[tf.Tensor]]:
+        """What layers gave to `add_loss`, of the whole batch, by the number of the layer."""
+        found: dict[str, list[tf.Tensor]] = {}
+        for key in self.results[0].terms:
+            source, owner = key.split("/")
+            here = zip(*[result.terms[key] for result in self.here], strict=True)
+            everyone = zip(*[result.terms[key] for result in self.results], strict=True)
+            found.setdefault(owner, []).extend(
+                self._term(list(column), list(mine), source)
+                for column, mine in zip(everyone, here, strict=True)
+            )
+        for owner in self.results[0].activities:
+            for column in zip(*[result.activities[owner] for result in self.results], strict=True):
+                activity = merge.outputs(list(column), self.shards)
+                found.setdefault(owner, []).append(self.given.penalty(owner, activity))
+        return found
+
+    def _term(self, column: list[tf.Tensor], here: list[tf.Tensor], source: str) -> tf.Tensor:
+        if len(column) == 1:
+            return column[0]
+        if are_by_rows(here, self.given):
+            return merge.outputs(column, self.shards)
+        join = merge.live_sum if term_rule(source, self.rules) == "sum" else merge.mean
+        return join(column, self.shards.shares())
 
     def parts(self) -> list[list[tf.Tensor]]:
         """For each tower here, everything of its result that a gradient can flow to."""
-        return [floats((result.outputs, result.logits, result.terms)) for result in self.here]
+        return [result.differentiable() for result in self.here]
 
     def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:
         """Gradients of each tower's sources, computed on its device.
@@ -190,3 +241,9 @@ def assign(state: State) -> None:
     """Gives variables the values that the towers' assignments came to."""
     for variable, value in state:
         variable.assign(value)
+
+
+def _terms(
+    terms: dict[str, list[tf.Tensor]], which: Callable[[tf.Tensor], bool]
+) -> dict[str, list[tf.Tensor]]:
+    return {owner: [term for term in some if which(term)] for owner, some in terms.items()}

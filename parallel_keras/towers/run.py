@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,17 @@ import keras
 import tensorflow as tf
 
 from parallel_keras.devices import check_one_job
+from parallel_keras.nests import flatten, symbol
 from parallel_keras.shard import Shards
+from parallel_keras.slices import is_sparse
 from parallel_keras.towers.collectives import Peers, make_tokens, meet, token
 from parallel_keras.towers.graph import hide_sizes, hide_value, naming_tower
 from parallel_keras.towers.homes import Homes
 from parallel_keras.towers.links import are_far
 from parallel_keras.towers.messages import Copies, carried, sums
-from parallel_keras.towers.results import Pass, State, Taped
+from parallel_keras.towers.outputs import Given
+from parallel_keras.towers.results import Call, Pass, Sort, State, Taped
+from parallel_keras.towers.sparse import Sorting
 from parallel_keras.towers.state import StateRules, fingerprint
 from parallel_keras.towers.tower import Tower
 from parallel_keras.towers.weights import read, value_of
@@ -78,6 +83,8 @@ class Towers:
         self._jit, self._eager = jit and alone, eager
         make_tokens(devices if synchronized else _ANYWHERE)
         self._functions: dict[Body, Body] = {}
+        self._sorting = Sorting()
+        self._known_sizes: dict[str, Any] = {}
 
     @property
     def alone(self) -> bool:
@@ -151,19 +158,65 @@ class Towers:
         """
         tapes: list[Taped] = []
 
-        def run(body: Body, device: str, copied: list[tf.Tensor], *rest: Any) -> Any:
+        def run(body: Body, device: str, *given: Any) -> Any:
             if watch is None:
-                return body(copied, *rest, training)
+                return body(*given, training)
             tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
-            tapes.append(Taped(device, tape, watch(copied, rest[-1])))
+            tapes.append(Taped(device, tape, watch(given[0], given[-1])))
+            if not self.alone:
+                tapes[-1].sort = self._sorter(body, given, training, watch)
             with tape:
                 tape.watch(tapes[-1].sources)
-                return body(copied, *rest, training)
+                return body(*given, training)
 
         here = self.run(self.tower.call, shards, weights, run)
         results = self.workers.join(here, "call", shards)
         state = self.merge_state(results, weights, shards)
-        return Pass(shards, results, here, state, self.rules, self.merge_device, tapes)
+        given = self.given(shards)
+        return Pass(shards, results, here, state, self.rules, self.merge_device, given, tapes)
+
+    def given(self, shards: Shards) -> Given:
+        """What is known of a call of the template besides what its towers return.
+
+        Args:
+            shards: What they were given.
+        """
+        first = self.workers.first
+        counts = shards.rows[first : first + len(shards.parts)]
+        return self.given_to(shards.parts[0], counts)
+
+    def given_to(self, part: Any, counts: Sequence[Any] = ()) -> Given:
+        """What is known of a call of the template, seen from one tower.
+
+        Args:
+            part: What it was given, a `Call`, or a dict with one as `"call"`.
+            counts: How many rows each tower here has. Defaults to what is known of this one.
+        """
+        call = part.get("call", part)
+        leaves = self._cut_leaves(call)
+        known = [tuple(output.shape) for output in getattr(self.template, "outputs", None) or []]
+        # A call may have nothing to cut but what all towers get whole.
+        counts = [*counts] or [leaves[0].shape[0] if leaves else None]
+        sizes = functools.partial(self._sizes, call)
+        return Given(counts, leaves, sizes, known, self.tower.penalty)
+
+    def _sizes(self, call: Call, rows: int) -> Any:
+        """The outputs of a call with another number of rows, symbolically."""
+        cut = {id(leaf) for leaf in self._cut_leaves(call)}
+
+        def resized(leaf: Any) -> Any:
+            known = symbol(leaf)
+            if id(leaf) not in cut:
+                return known
+            return keras.KerasTensor((rows, *known.shape[1:]), known.dtype, sparse=known.sparse)
+
+        given = {part: keras.tree.map_structure(resized, call[part]) for part in ("args", "kwargs")}
+        key = str(given)
+        if key not in self._known_sizes:
+            self._known_sizes[key] = self.template.compute_output_spec(
+                *given["args"], **given["kwargs"]
+            )
+        return self._known_sizes[key]
 
     def run(
         self,
@@ -258,6 +311,53 @@ class Towers:
             found.update(carried(there, *way))
         return found
 
+    def sort(
+        self, gradients: list[Any], name: str, again: Callable[..., Any], given: tuple[Any, ...]
+    ) -> list[Any]:
+        """Takes sparse gradients of one tower apart by kind, so that their sum is that of one.
+
+        Args:
+            gradients: For each weight a tensor, `tf.IndexedSlices` or `None`.
+            name: Which gradients they are.
+            again: Function that computes the same gradients anew.
+            given: Its arguments: what a tower is called with.
+
+        Returns:
+            A list like the one given.
+        """
+        if self.alone:
+            return gradients
+        _, number, _, part = given[:4]
+        varies = flatten([*self._cut_leaves(part), number])
+        return self._sorting.sort(gradients, varies, name, again, given)
+
+    def _sorter(self, body: Body, given: tuple[Any, ...], training: Any, watch: Watch) -> Sort:
+        """What takes the gradients of one tower's call apart, by which outputs they come from."""
+
+        def sort(gradients: list[Any], reached: Sequence[bool]) -> list[Any]:
+            name = f"call {training} {[*reached]}"
+
+            def again(*given: Any) -> list[Any]:
+                sources = watch(given[0], given[-1])
+                with tf.GradientTape(watch_accessed_variables=False) as tape:
+                    tape.watch(sources)
+                    parts = body(*given, training).differentiable()
+                targets = [part for part, reach in zip(parts, reached, strict=True) if reach]
+                return self.sort(tape.gradient(targets, sources), name, again, given)
+
+            return self.sort(gradients, name, again, given)
+
+        return sort
+
+    def _cut_leaves(self, part: Any) -> list[Any]:
+        """The tensors of a tower's part that other towers do not have."""
+        return [
+            leaf
+            for path, leaf in keras.tree.flatten_with_path(part)
+            if not (path and self.rules.get(str(path[-1])) == "whole")
+            if tf.is_tensor(leaf) and leaf.shape.rank != 0
+        ]
+
     def _traced(self, body: Body, *, inline: bool) -> Body:
         # One tower in a graph needs no function: nothing is traced twice, as without this library.
         alone = self.alone and not self._jit and not tf.executing_eagerly()
@@ -299,7 +399,7 @@ class Towers:
 
 
 def _is_sparse(column: Sequence[Any]) -> bool:
-    return any(isinstance(value, tf.IndexedSlices) for value in column)
+    return any(map(is_sparse, column))
 
 
 def current(make: Callable[[], Towers]) -> Callable[[], Towers]:

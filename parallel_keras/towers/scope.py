@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras.towers.graph import is_handle
+from parallel_keras.towers.losses import adds_up_by_rows
 from parallel_keras.towers.seeds import is_seed, tower_seed
 
 
@@ -26,6 +27,8 @@ class TowerScope(keras.StatelessScope):
             values in order.
         terms: What layers gave to `add_loss`, by where it came from: `"add_loss"`
             for calls of their own, `"activity"` for activity regularisers.
+        activities: What activity regularisers were given that must see the whole batch, by the
+            number of the layer.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class TowerScope(keras.StatelessScope):
         self._reading_outside = False
         self.updates: dict[int, tuple[keras.Variable, list[tf.Tensor]]] = {}
         self.terms: dict[str, list[tf.Tensor]] = {"activity": [], "add_loss": []}
+        self.activities: dict[str, list[tf.Tensor]] = {}
         self._source = "add_loss"
         self._handles: dict[int, tuple[tf.Tensor, str]] = {}
         own: list[tuple[keras.Variable, tf.Tensor]] = []
@@ -75,36 +79,45 @@ class TowerScope(keras.StatelessScope):
         Args:
             loss: Tensor, the term.
         """
-        self.terms[self._source].append(loss)
-        self._source = "add_loss"
-        super().add_loss(loss)
+        source, self._source = self._source, "add_loss"
+        if source in self.terms:
+            self.terms[source].append(loss)
+            super().add_loss(loss)
 
     @contextlib.contextmanager
     def telling_activity(self, layers: Sequence[keras.layers.Layer]) -> Iterator[None]:
         """Inside, terms of activity regularisers are told from those of `add_loss`.
 
         Keras calls the regulariser and adds its result as a term right after. The two
-        have rules of their own, see `losses.ACTIVITY_RULE`.
+        have rules of their own, see `losses.ACTIVITY_RULE`. A regulariser that is not known to
+        add up over rows is not called here, but what it would be given is kept.
 
         Args:
             layers: All layers of the model.
         """
 
-        def telling(regularizer: Any) -> Any:
+        def telling(number: int, regularizer: Any) -> Any:
             def regularize(output: Any) -> Any:
-                self._source = "activity"
-                return regularizer(output)
+                if self._tower is None or adds_up_by_rows(regularizer):
+                    self._source = "activity"
+                    return regularizer(output)
+                self.activities.setdefault(str(number), []).append(output)
+                self._source = "later"
+                return tf.zeros((), output.dtype)
 
             return regularize
 
-        given = {layer: layer.activity_regularizer for layer in layers}
-        regularized = {layer: given[layer] for layer in layers if given[layer] is not None}
+        regularized = [
+            (number, layer, layer.activity_regularizer)
+            for number, layer in enumerate(layers)
+            if layer.activity_regularizer is not None
+        ]
         try:
-            for layer, regularizer in regularized.items():
-                layer.activity_regularizer = telling(regularizer)
+            for number, layer, regularizer in regularized:
+                layer.activity_regularizer = telling(number, regularizer)
             yield
         finally:
-            for layer, regularizer in regularized.items():
+            for _, layer, regularizer in regularized:
                 layer.activity_regularizer = regularizer
 
     def latest(self, variable: keras.Variable) -> tf.Tensor:

@@ -11,6 +11,7 @@ import tensorflow as tf
 from parallel_keras import _compat
 from parallel_keras.towers.collectives import Peers, talking_to
 from parallel_keras.towers.graph import depends_on
+from parallel_keras.towers.losses import activity_penalty
 from parallel_keras.towers.results import Call, CallResult, Updates
 from parallel_keras.towers.scope import TowerScope
 from parallel_keras.towers.weights import Tables
@@ -61,7 +62,8 @@ class Tower:
         state, constant = self.updates(scope, (call, number))
         masks = keras.tree.map_structure(_compat.get_mask, outputs)
         logits = keras.tree.map_structure(_compat.get_logits, outputs)
-        return CallResult(outputs, masks, logits, scope.terms, state, constant)
+        terms = self.terms(scope)
+        return CallResult(outputs, masks, logits, terms, scope.activities, state, constant)
 
     def scope(
         self,
@@ -80,6 +82,24 @@ class Tower:
         layers = _compat.all_layers(self.template)
         with scope.telling_activity(layers), self.tables.looking_up(scope):
             return self.template(*call["args"], training=training, **call["kwargs"])
+
+    def terms(self, scope: TowerScope) -> dict[str, list[tf.Tensor]]:
+        """What the template's layers gave to `add_loss`, by source and number of the layer.
+
+        As on one device, terms of layers that Keras does not know of do not count.
+        """
+        owners = _compat.loss_owners(self.template)
+        found: dict[str, list[tf.Tensor]] = {}
+        for source, terms in scope.terms.items():
+            for term in terms:
+                if id(term) in owners:
+                    found.setdefault(f"{source}/{owners[id(term)]}", []).append(term)
+        return found
+
+    def penalty(self, number: str, activity: tf.Tensor) -> tf.Tensor:
+        """The term that the activity regulariser of a layer makes of a whole batch."""
+        layer = _compat.all_layers(self.template)[int(number)]
+        return activity_penalty(layer.activity_regularizer, activity)
 
     def updates(
         self, scope: TowerScope, varies: Sequence[Any], ignore: Sequence[keras.Variable] = ()

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from parallel_keras import merge
+from parallel_keras import merge, slices
 from parallel_keras.nests import replaced, tensors
 from parallel_keras.shard import Shards
 from parallel_keras.workers.feeding import check_marks
@@ -112,7 +112,7 @@ def _kinds_of_gradients(columns: Columns) -> tuple[dict[int, tf.Tensor], list[in
     sparse = [
         index
         for index, column in present.items()
-        if all(isinstance(value, tf.IndexedSlices) for value in column)
+        if all(slices.is_sparse(value) for value in column)
     ]
     dense = {
         index: tf.convert_to_tensor(merge.total(column))

@@ -1,0 +1,237 @@
+"""Which axes of the outputs follow the rows: what can be merged by rows, and what cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from parallel_keras.nests import flatten
+from parallel_keras.towers.origin import Spot, body_and_inputs, depends_on_rows
+
+# For each axis whether its size follows the number of rows; `None` where nobody knows.
+Axes = list[bool | None]
+# Two numbers of rows that are not each other's multiples.
+_FEW, _MORE = 4, 7
+
+
+class Given(NamedTuple):
+    """What is known of a call besides what the towers returned.
+
+    Attributes:
+        counts: How many rows each tower here has.
+        leaves: The tensors with rows that the first of them was given, also ragged and sparse.
+        sizes: Function from a number of rows to outputs of that many, a nest of things with a
+            `shape`. It calls the template once more, symbolically.
+        known: What a functional template knows of its outputs: the shape of each leaf.
+        penalty: Function from the number of a layer, and its activity over the whole batch, to
+            what its activity regulariser makes of that.
+    """
+
+    counts: list[Any]
+    leaves: list[Any]
+    sizes: Callable[[int], Any]
+    known: list[tuple[int | None, ...]]
+    penalty: Callable[[str, tf.Tensor], tf.Tensor]
+
+    def has_rows_alone(self, index: int) -> bool:
+        """Whether an output is known to have rows on its first axis, and on no other."""
+        if index >= len(self.known):
+            return False
+        first, *inner = self.known[index] or (0,)
+        return first is None and None not in inner
+
+    @property
+    def tensors(self) -> list[tf.Tensor]:
+        """The tensors, those inside of ragged and sparse ones too."""
+        return [leaf for leaf in flatten(self.leaves) if isinstance(leaf, tf.Tensor)]
+
+
+def whole_outputs(parts: Sequence[Any], rules: Mapping[str, str], given: Given) -> set[int]:
+    """Which leaves of the outputs do not depend on the rows at all.
+
+    Only outputs that may not have the rows on their first axis alone cost anything: what the
+    towers' graphs know of their sizes is enough for all others.
+
+    Args:
+        parts: For each tower here its outputs.
+        rules: What was declared, by the name of an output.
+        given: What else is known.
+
+    Returns:
+        The numbers of the leaves that are the same on every tower.
+
+    Raises:
+        ValueError: If a leaf can be merged by no rule, naming it.
+    """
+    leaves = keras.tree.flatten_with_path(parts[0])
+    columns = [[keras.tree.flatten(part)[i] for part in parts] for i in range(len(leaves))]
+    doubtful = [
+        index
+        for index, (path, _) in enumerate(leaves)
+        if (str(path[-1]) if path else "output") not in rules
+        and not given.has_rows_alone(index)
+        and is_doubtful(columns[index], given.counts)
+    ]
+    found: set[int] = set()
+    if not doubtful:
+        return found
+    following = _following([leaf for _, leaf in leaves], doubtful, given)
+    for index in doubtful:
+        path, leaf = leaves[index]
+        axes = following.get(index, [None] * leaf.shape.rank)
+        if axes[0] is False and _is_same(columns[index], given.tensors):
+            found.add(index)
+        else:
+            _check(path, leaf, axes)
+    return found
+
+
+def is_doubtful(column: Sequence[Any], rows: Sequence[Any]) -> bool:
+    """Whether an output may have no rows, or have them on another axis than the first.
+
+    Args:
+        column: What each tower returned, or only some towers.
+        rows: How many rows each has.
+
+    Returns:
+        `False` if the sizes that are known while tracing show that rows come first.
+    """
+    first = column[0]
+    if not isinstance(first, tf.Tensor) or not first.shape.rank:
+        return False
+    size, *inner = first.shape
+    if size is None or not isinstance(rows[0], int):
+        return size is not None or None in inner
+    known = [(one.shape, count) for one, count in zip(column, rows, strict=False)]
+    if len({count for _, count in known}) > 1:  # The sizes of two towers tell.
+        inners = {tuple(shape[1:]) for shape, _ in known}
+        ratios = {None if shape[0] is None else shape[0] / count for shape, count in known}
+        return len(inners) > 1 or len(ratios) > 1
+    return size != rows[0] or any(axis is None or axis % rows[0] == 0 for axis in inner)
+
+
+def are_rows(leaves: Sequence[Any], given: Given) -> bool:
+    """Whether outputs have the rows on their first axis, and on no other, as far as is known.
+
+    Args:
+        leaves: The outputs of one tower.
+        given: What else is known.
+    """
+    doubtful = [
+        index
+        for index, leaf in enumerate(leaves)
+        if not given.has_rows_alone(index) and is_doubtful([leaf], given.counts)
+    ]
+    following = _following(leaves, doubtful, given) if doubtful else {}
+    return all(map(_are_rows, following.values()))
+
+
+def are_by_rows(column: Sequence[tf.Tensor], given: Given) -> bool:
+    """Whether a term of the loss has a value for each row, which then are added up.
+
+    Args:
+        column: The term of each tower here.
+        given: What is known of the call.
+
+    Raises:
+        ValueError: If it is about pairs of rows.
+    """
+    first, counts = column[0], given.counts
+    if not first.shape.rank:
+        return False
+    rows = counts[0]
+    if isinstance(rows, int) and len(set(counts)) > 1:
+        return len({one.shape[0] / count for one, count in zip(column, counts, strict=True)}) == 1
+    found = [] if tf.executing_eagerly() else _axes_of(lambda n: _sizes_in_graph([first], given, n))
+    if found:
+        _check(("add_loss",), first, [found[0][0] or None, *found[0][1:]])
+        return bool(found[0][0])
+    return first.shape[0] is None or (isinstance(rows, int) and first.shape[0] % rows == 0)
+
+
+def _following(leaves: Sequence[Any], doubtful: list[int], given: Given) -> dict[int, Axes]:
+    """For the doubtful leaves, which of their axes follow the rows; empty if nobody knows."""
+    found: list[Axes] = []
+    if not tf.executing_eagerly():
+        chosen = [leaves[index] for index in doubtful]
+        found = _axes_of(lambda rows: _sizes_in_graph(chosen, given, rows))
+    if isinstance(given.counts[0], int) and not (found and all(map(_are_rows, found))):
+        # What was computed from a size that is known while tracing is a constant in the graph.
+        found = _axes_of(lambda rows: _symbolic_sizes(doubtful, given, rows)) or found
+    return dict(zip(doubtful, found, strict=False))
+
+
+def _axes_of(sizes: Callable[[int], list[Any]]) -> list[Axes]:
+    """For each output the axes that follow the rows; empty if that cannot be found out."""
+    try:
+        pairs = zip(sizes(_FEW), sizes(_MORE), strict=True)
+        return [_axes(tuple(few), tuple(more)) for few, more in pairs]
+    except Exception:  # noqa: BLE001 (what cannot be asked for other sizes may do anything)
+        return []
+
+
+def _symbolic_sizes(doubtful: list[int], given: Given, rows: int) -> list[Any]:
+    leaves = keras.tree.flatten(given.sizes(rows))
+    return [leaves[index].shape for index in doubtful]
+
+
+def _are_rows(axes: Axes) -> bool:
+    return axes[0] is not False and not any(axes[1:])
+
+
+def _axes(few: Sequence[int | None], more: Sequence[int | None]) -> Axes:
+    axes: Axes = [
+        None if one is None or other is None else one != other
+        for one, other in zip(few, more, strict=True)
+    ]
+    # One row more or less than there are, or one for each pair, is no row for each either.
+    if axes[0] and few[0] is not None and more[0] is not None:
+        axes[0] = few[0] * _MORE == more[0] * _FEW
+    return axes
+
+
+def _sizes_in_graph(leaves: Sequence[tf.Tensor], given: Given, rows: int) -> list[Any]:
+    """Has TensorFlow work the sizes out for another number of rows, from the graph it has."""
+    dense = [leaf for leaf in given.leaves if isinstance(leaf, tf.Tensor)]
+    graph, outs, inputs = body_and_inputs(leaves, dense)
+    definition = graph.as_graph_def()
+    with tf.Graph().as_default():
+        news = {
+            one.name: tf.compat.v1.placeholder(one.dtype, [rows, *one.shape[1:]]) for one in inputs
+        }
+        names = [out.name for out in outs]
+        found = tf.graph_util.import_graph_def(
+            definition, input_map=news, return_elements=names, name=""
+        )
+        return [tensor.shape for tensor in found]
+
+
+def _is_same(column: Sequence[Any], sources: Sequence[tf.Tensor]) -> bool:
+    if tf.executing_eagerly():
+        return all(bool(tf.reduce_all(tf.equal(one, column[0]))) for one in column)
+    return not depends_on_rows(Spot(column[0]), sources)
+
+
+def _check(path: tuple[Any, ...], leaf: tf.Tensor, axes: Axes) -> None:
+    name = f"output {'/'.join(map(str, path))}" if path else "the output"
+    received = f"Received: shape={tuple(leaf.shape)} from a tower."
+    others = [axis for axis, follows in enumerate(axes) if axis and follows]
+    if others:
+        raise ValueError(
+            f"Expected the rows of the batch on the first axis of {name}, and on no other: each "
+            f"device has only a part of them. {received} Its size follows the rows on axis "
+            f"{', '.join(map(str, others))}{' too' if axes[0] else ', not on the first'}. If rows "
+            "are on another axis, transpose the output. If it is about pairs of rows, return what "
+            "the pairs are made of, and make them of the merged outputs: in the loss, or after "
+            "predict."
+        )
+    if axes[0] is False:
+        raise ValueError(
+            f"Expected the first axis of {name} to be the batch. {received} Its size does not "
+            "follow the number of rows, but it is made of them, and each device has only a part: "
+            "no rule can make one value of those. Return what it is made of, with the rows first, "
+            "and compute it from the merged outputs."
+        )

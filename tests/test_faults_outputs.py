@@ -1,0 +1,181 @@
+"""Outputs are those of one device, or an error says which is not and what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import parallel_keras as pk
+from tests.parity import ATOL, RTOL, batches, rows
+
+TOWERS = 3
+
+
+class Returns(keras.Model):
+    """Returns its hidden state `(batch, 4)`, and what this function makes of it."""
+
+    def __init__(self, make: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.dense = keras.layers.Dense(4, name="dense")
+        self.make = make
+
+    def call(self, x: Any) -> Any:
+        h = self.dense(x)
+        return {"h": h, "deep": [self.make(h, self.dense)]}
+
+
+OPS = keras.ops
+# What does not depend on the rows, and what is in their order.
+SAME: dict[str, Callable[[Any, Any], Any]] = {
+    "a table": lambda h, dense: dense.kernel + 0.0,
+    "a product of weights": lambda h, dense: OPS.matmul(OPS.transpose(dense.kernel), dense.kernel),
+    "numbers": lambda h, dense: OPS.arange(6),
+    "rows for each row": lambda h, dense: OPS.reshape(h, (-1, 2)),
+    "pixels": lambda h, dense: OPS.reshape(OPS.repeat(h, 4, axis=1), (-1, 4, 4)),
+    "one column": lambda h, dense: h[:, :1],
+}
+# What a device with a part of the rows cannot compute.
+REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "time first": (lambda h, d: OPS.transpose(h), "axis 1, not on the first.*transpose the output"),
+    "steps first": (
+        lambda h, d: OPS.transpose(OPS.repeat(h[:, None], 6, axis=1), (1, 0, 2)),
+        "axis 1, not on the first.*transpose the output",
+    ),
+    "pairs": (lambda h, d: OPS.matmul(h, OPS.transpose(h)), "axis 1 too.*pairs of rows"),
+    "distances": (
+        lambda h, d: OPS.sum(OPS.square(h[:, None] - h[None]), axis=-1),
+        "axis 1 too.*pairs of rows",
+    ),
+    "prototypes": (lambda h, d: OPS.matmul(OPS.transpose(h), h), "made of them.*merged outputs"),
+    "a row more": (
+        lambda h, d: OPS.concatenate([OPS.zeros_like(h[:1]), h], axis=0),
+        "does not follow the number of rows",
+    ),
+}
+HOW = {
+    # How the model is called, on how many rows, and whether TensorFlow knows the number.
+    "call": lambda model, x: model(x),
+    "predict": lambda model, x: model.predict(x, batch_size=len(x), verbose=0),
+    "batches": lambda model, x: model.predict(batches([len(x)], x), verbose=0),
+}
+
+
+def compared(template: keras.Model, parallel: keras.Model, call: Any, x: np.ndarray) -> None:
+    expected, actual = (keras.tree.flatten(call(model, x)) for model in (template, parallel))
+    for one, other in zip(expected, actual, strict=True):
+        np.testing.assert_allclose(other, one, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_can_be_merged(name: str) -> None:
+    """X7: a table without rows is one table, whatever its size and however it is asked for."""
+    template = Returns(SAME[name])
+    template(rows(1, 3))
+    for size in (6, 7, 2):  # even, uneven, fewer than towers
+        for call in HOW.values():
+            compared(template, pk.DataParallelModel(template, TOWERS), call, rows(size, 3))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_merged(name: str) -> None:
+    """X7: rows on another axis, all pairs of rows, and what is made of all of them."""
+    make, message = REFUSED[name]
+    template = Returns(make)
+    template(rows(1, 3))
+    for size in (6, 7, 3):
+        for call in HOW.values():
+            parallel = pk.DataParallelModel(template, TOWERS)
+            with pytest.raises(ValueError, match=rf"(?s)output deep/0.*{message}"):
+                call(parallel, rows(size, 3))
+
+
+@pytest.mark.parametrize("name", ["pairs", "prototypes", "time first"])
+def test_what_cannot_be_merged_eagerly(name: str) -> None:
+    """X7: without a graph."""
+    make, message = REFUSED[name]
+    template = Returns(make)
+    template(rows(1, 3))
+    parallel = pk.DataParallelModel(template, TOWERS)
+    parallel.compile("sgd", "mse", run_eagerly=True)
+    with pytest.raises(ValueError, match=rf"(?s)output deep/0.*{message}"):
+        parallel.predict_on_batch(rows(6, 3))
+
+
+def test_a_table_eagerly() -> None:
+    """X7: without a graph."""
+    template = Returns(SAME["a table"])
+    template(rows(1, 3))
+    parallel = pk.DataParallelModel(template, TOWERS)
+    parallel.compile("sgd", "mse", run_eagerly=True)
+    for size in (6, 7):
+        compared(template, parallel, lambda m, x: m.predict_on_batch(x), rows(size, 3))
+
+
+class Pairs(keras.Model):
+    """Scores all pairs of rows; the loss of a row is about its line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = keras.layers.Dense(4)
+
+    def call(self, x: Any) -> Any:
+        h = self.dense(x)
+        return OPS.matmul(h, OPS.transpose(h))
+
+
+@pytest.mark.parametrize("size", [6, 7, 3])
+def test_pairs_do_not_reach_the_loss(size: int) -> None:
+    """X7: targets of one column fit the lines of any part of the pairs."""
+    parallel = pk.DataParallelModel(Pairs(), TOWERS)
+    parallel.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"(?s)axis 1 too.*pairs of rows"):
+        parallel.train_on_batch(rows(size, 3), rows(size, 1))
+
+
+class OwnStep(Returns):
+    def train_step(self, data: Any) -> dict[str, Any]:
+        x, *_ = data
+        with tf.GradientTape() as tape:
+            outputs = self(x, training=True)
+            loss = tf.reduce_sum(outputs["h"] ** 2) + tf.reduce_sum(outputs["deep"][0] ** 3)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def test_in_steps_of_the_templates_own() -> None:
+    """X7: the gradient of a table is that of one device, too."""
+    weights = []
+    for wrap in (lambda model: model, lambda model: pk.DataParallelModel(model, TOWERS)):
+        keras.utils.set_random_seed(3)
+        template = OwnStep(SAME["a product of weights"])
+        template(rows(1, 3))
+        model = wrap(template)
+        model.compile("sgd")
+        for size in (6, 7):
+            model.train_on_batch(rows(size, 3) * 0.1, rows(size, 4))
+        weights.append([w.numpy() for w in template.weights])
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(other, one, rtol=RTOL, atol=ATOL)
+
+
+def test_known_outputs_cost_nothing() -> None:
+    """X7: the template is called once for each trace, as ever."""
+    calls: list[int] = []
+
+    class Counts(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            calls.append(1)
+            return x
+
+    template = keras.Sequential([keras.Input((3,)), Counts(), keras.layers.Dense(2)])
+    parallel = pk.DataParallelModel(template, TOWERS)
+    parallel.compile("sgd", "mse")
+    calls.clear()
+    parallel.predict(rows(12, 3), batch_size=6, verbose=0)
+    assert len(calls) == 1
+    parallel.fit(rows(12, 3), rows(12, 2), batch_size=6, verbose=0)
+    assert len(calls) == 3  # the variables of the loss are made first
