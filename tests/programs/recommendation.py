@@ -160,7 +160,7 @@ def multi_task_ranking() -> Program:
         optimizer=keras.optimizers.Ftrl(0.1),
         loss={"rating": "mse", "click": "binary_crossentropy"},
         loss_weights={"rating": 0.3, "click": 1.0},
-        metrics={"rating": [keras.metrics.RootMeanSquaredError()], "click": ["AUC"]},
+        metrics={"rating": [keras.metrics.RootMeanSquaredError()], "click": [keras.metrics.AUC(name="auc")]},
     )
     cities = np.array(["berlin", "paris", "rome", "oslo"])[classes(ROWS, 4)]
     x = {

@@ -43,7 +43,7 @@ def feature_space() -> Program:
     predictions = layers.Dense(1, activation="sigmoid")(layers.Dropout(0.0)(x))
     model = keras.Model(space.get_inputs(), predictions)
     model.compile(adam(), "binary_crossentropy", metrics=["accuracy"])
-    x = {name: column[:, None] for name, column in raw.items()}
+    x = {name: tf.constant(column[:, None]) for name, column in raw.items()}
     return Program(model, x, classes(ROWS, 2)[:, None])
 
 
@@ -123,7 +123,7 @@ def inputs_and_outputs() -> Program:
             "priority": keras.losses.BinaryCrossentropy(from_logits=True),
             "department": keras.losses.CategoricalCrossentropy(from_logits=True),
         },
-        metrics={"priority": ["mae", "mse"], "department": keras.metrics.AUC(from_logits=True)},
+        metrics={"priority": ["mae", "mse"], "department": keras.metrics.AUC(from_logits=True, name="auc")},
         weighted_metrics={"department": "accuracy"},
         loss_weights={"priority": 1.0, "department": 0.2},
     )
@@ -223,7 +223,7 @@ def weather() -> Program:
     """Windows of a series by `timeseries_dataset_from_array`, and an LSTM."""
     series = rows(16, 3)
     dataset = keras.utils.timeseries_dataset_from_array(
-        series, series[6:, :1], sequence_length=6, sampling_rate=2, batch_size=4, shuffle=False
+        series, series[6:, :1], sequence_length=3, sampling_rate=2, batch_size=5, shuffle=False
     )
     inputs = keras.Input((3, 3))
     model = keras.Model(inputs, layers.Dense(1)(layers.LSTM(5)(inputs)))
@@ -295,7 +295,7 @@ def anomaly_detection() -> Program:
 
 
 class Quantiles(keras.Model):
-    """Metrics of its own in the model, fed by `add_metric`'s successor: trackers in `call`."""
+    """Metrics of its own in the model, updated in its `call`."""
 
     def __init__(self):
         super().__init__()

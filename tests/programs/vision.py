@@ -100,10 +100,8 @@ def u_net() -> Program:
     model.compile(
         adam(),
         "sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-        weighted_metrics=[
-            keras.metrics.MeanIoU(3, sparse_y_pred=False, name="iou"),
-        ],
+        metrics=[keras.metrics.MeanIoU(3, sparse_y_pred=False, name="iou")],
+        weighted_metrics=["accuracy"],
     )
     masks = rng(1).integers(0, 3, (ROWS, SIZE, SIZE))
     weights = rng(2).random((ROWS, SIZE, SIZE)).astype("float32")
@@ -188,8 +186,9 @@ def triplets() -> Program:
     model = TripletModel()
     model.compile(optimizer=adam(), weighted_metrics=[])
     three = tuple(images(ROWS, seed=seed) for seed in range(3))
-    dataset = tf.data.Dataset.from_tensor_slices((three,)).map(lambda x: x).batch(5)
-    return Program(model, dataset, batch_size=None)
+    dataset = tf.data.Dataset.from_tensor_slices(three).batch(5)
+    asked = dataset.map(lambda *images: (images,))
+    return Program(model, dataset, batch_size=None, asked=asked)
 
 
 class EmbeddingModel(keras.Model):
