@@ -33,10 +33,13 @@ NOT_YET = {
     generative.mean_activity_autoencoder: "X9: a regulariser of the mean over rows",
     structured.tab_transformer: "X1: rows of a table that several towers look up",
     structured.quantile_regression: "X27: a metric that the template holds and updates in call",
-    recommendation.behaviour_sequence: "X1: rows of a table that several towers look up",
     graph.molecules: "X31: ragged inputs of a template without weights",
     graph.all_pairs_point_net: "X9: a regulariser that looks at all pairs of rows",
     sound.speech_transformer: "X1: rows of a table that several towers look up",
+}
+# Programs that do not end on several devices, and would end the whole run with them.
+HANGS = {
+    recommendation.behaviour_sequence: "X16: towers that wait for one table and for each other",
 }
 SLOW: set[Make] = set()
 
@@ -47,6 +50,8 @@ def programs(family: ModuleType) -> list[object]:
         marks = [pytest.mark.slow] if make in SLOW else []
         if make in NOT_YET:
             marks.append(pytest.mark.xfail(strict=True, reason=NOT_YET[make]))
+        if make in HANGS:
+            marks.append(pytest.mark.xfail(strict=True, run=False, reason=HANGS[make]))
         found.append(pytest.param(make, id=make.__name__, marks=marks))
     return found
 
@@ -90,9 +95,7 @@ def test_sound(make: Make) -> None:
     check(make)
 
 
-@pytest.mark.parametrize(
-    "make", [text.switch_transformer, recommendation.all_pairs_factorisation]
-)
+@pytest.mark.parametrize("make", [text.switch_transformer, recommendation.all_pairs_factorisation])
 def test_a_layer_that_looks_at_several_rows_sees_those_of_its_tower(make: Make) -> None:
     """X13: an exception, as nothing can tell: such a layer computes for 2, 2 and 1 rows of 5."""
 
@@ -120,6 +123,7 @@ def test_a_graph_with_other_numbers_of_nodes_and_edges_is_refused() -> None:
         run(graph.graph_attention, TOWERS)
 
 
+@pytest.mark.xfail(strict=True, reason="X24: no way to say that a model must not be cut")
 def test_a_graph_with_as_many_edges_as_nodes() -> None:
     """X24: in a ring they can be cut alike, but must not be: edges name nodes of other towers."""
     keras.utils.set_random_seed(7)

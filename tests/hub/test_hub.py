@@ -122,6 +122,10 @@ def image_classifier() -> Program:
     return Program(model, pictures, classes(7, 3), rtol=1e-4)
 
 
+X3 = pytest.mark.xfail(strict=True, reason="X3: fit and predict of the template's own")
+
+
+@X3
 @pytest.mark.parametrize(
     "make",
     [

@@ -154,7 +154,10 @@ class VectorQuantizedTrainer(keras.Model):
         self.optimizer.apply_gradients(zip(grads, self.vqvae.trainable_variables, strict=True))
         self.total_loss_tracker.update_state(total_loss)
         self.vq_loss_tracker.update_state(sum(self.vqvae.losses))
-        return {"loss": self.total_loss_tracker.result(), "vqvae_loss": self.vq_loss_tracker.result()}
+        return {
+            "loss": self.total_loss_tracker.result(),
+            "vqvae_loss": self.vq_loss_tracker.result(),
+        }
 
 
 def vector_quantized_autoencoder() -> Program:
@@ -369,7 +372,10 @@ class CycleGAN(keras.Model):
         real_x, real_y = batch_data
         with tf.GradientTape(persistent=True) as tape:
             fake_y, fake_x = self.gen_g(real_x, training=True), self.gen_f(real_y, training=True)
-            cycled_x, cycled_y = self.gen_f(fake_y, training=True), self.gen_g(fake_x, training=True)
+            cycled_x, cycled_y = (
+                self.gen_f(fake_y, training=True),
+                self.gen_g(fake_x, training=True),
+            )
             losses = []
             for generator, critic, real, fake, cycled in (
                 (self.gen_g, self.disc_y, real_y, fake_y, cycled_y),
@@ -400,9 +406,7 @@ def cycle_gan() -> Program:
     model.compile([keras.optimizers.Adam(2e-3, beta_1=0.5, epsilon=1e-4) for _ in range(4)])
     x, y = images(ROWS, 8, 1), images(ROWS, 8, 1, seed=1)
     dataset = tf.data.Dataset.zip(tuple(map(tf.data.Dataset.from_tensor_slices, (x, y))))
-    return Program(
-        model, dataset.batch(5), asked=x, batch_size=None, skip=("evaluate",), rtol=1e-4
-    )
+    return Program(model, dataset.batch(5), asked=x, batch_size=None, skip=("evaluate",), rtol=1e-4)
 
 
 @keras.saving.register_keras_serializable(package="programs")
@@ -488,9 +492,7 @@ class DiffusionModel(keras.Model):
         self.optimizer.apply_gradients(zip(gradients, self.network.trainable_weights, strict=True))
         self.noise_loss_tracker.update_state(noise_loss)
         self.image_loss_tracker.update_state(image_loss)
-        for weight, ema_weight in zip(
-            self.network.weights, self.ema_network.weights, strict=True
-        ):
+        for weight, ema_weight in zip(self.network.weights, self.ema_network.weights, strict=True):
             ema_weight.assign(0.9 * ema_weight + 0.1 * weight)
         return {m.name: m.result() for m in self.metrics}
 

@@ -21,7 +21,9 @@ class TwoTower(keras.Model):
         self.query_model = keras.Sequential(
             [layers.StringLookup(vocabulary=users), layers.Embedding(USERS + 1, WIDTH)]
         )
-        self.candidate_model = keras.Sequential([layers.Embedding(ITEMS, WIDTH), layers.Dense(WIDTH)])
+        self.candidate_model = keras.Sequential(
+            [layers.Embedding(ITEMS, WIDTH), layers.Dense(WIDTH)]
+        )
         self.top = keras.metrics.SparseTopKCategoricalAccuracy(2, name="top_2")
 
     def call(self, inputs):
@@ -117,7 +119,10 @@ def behaviour_sequence() -> Program:
     def process(features, rating):
         split = tf.strings.split(features["seen"], ",").to_tensor()
         films = tf.strings.to_number(split, out_type=tf.int32)
-        return {"seen": tf.ensure_shape(films, (None, 4)), "user": features["user"][:, None]}, rating
+        return {
+            "seen": tf.ensure_shape(films, (None, 4)),
+            "user": features["user"][:, None],
+        }, rating
 
     dataset = tf.data.Dataset.from_tensor_slices((data, rows(ROWS))).batch(5).map(process)
     return Program(model, dataset, batch_size=None, rtol=1e-4)
@@ -160,7 +165,10 @@ def multi_task_ranking() -> Program:
         optimizer=keras.optimizers.Ftrl(0.1),
         loss={"rating": "mse", "click": "binary_crossentropy"},
         loss_weights={"rating": 0.3, "click": 1.0},
-        metrics={"rating": [keras.metrics.RootMeanSquaredError()], "click": [keras.metrics.AUC(name="auc")]},
+        metrics={
+            "rating": [keras.metrics.RootMeanSquaredError()],
+            "click": [keras.metrics.AUC(name="auc")],
+        },
     )
     cities = np.array(["berlin", "paris", "rome", "oslo"])[classes(ROWS, 4)]
     x = {

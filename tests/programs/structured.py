@@ -123,7 +123,10 @@ def inputs_and_outputs() -> Program:
             "priority": keras.losses.BinaryCrossentropy(from_logits=True),
             "department": keras.losses.CategoricalCrossentropy(from_logits=True),
         },
-        metrics={"priority": ["mae", "mse"], "department": keras.metrics.AUC(from_logits=True, name="auc")},
+        metrics={
+            "priority": ["mae", "mse"],
+            "department": keras.metrics.AUC(from_logits=True, name="auc"),
+        },
         weighted_metrics={"department": "accuracy"},
         loss_weights={"priority": 1.0, "department": 0.2},
     )
@@ -348,9 +351,7 @@ def own_loop() -> Program:
     inputs = keras.Input((6,))
     x = layers.Dense(5, activation="relu", activity_regularizer="l2")(inputs)
     model = keras.Model(inputs, layers.Dense(3, kernel_regularizer="l2")(x))
-    return Program(
-        model, rows(ROWS, 6), classes(ROWS, 3), train=train, skip=("evaluate",)
-    )
+    return Program(model, rows(ROWS, 6), classes(ROWS, 3), train=train, skip=("evaluate",))
 
 
 def q_learning() -> Program:

@@ -171,9 +171,7 @@ def masked_language_model() -> Program:
     dataset = tf.data.Dataset.from_tensor_slices(
         (np.where(hidden, VOCABULARY - 1, ids), ids, hidden.astype("float32"))
     )
-    return Program(
-        model, dataset.batch(5), batch_size=None, asked=ids, skip=("evaluate",)
-    )
+    return Program(model, dataset.batch(5), batch_size=None, asked=ids, skip=("evaluate",))
 
 
 class Tagger(keras.Model):
@@ -257,9 +255,7 @@ def sequence_to_sequence() -> Program:
     x, _, _ = layers.LSTM(6, return_sequences=True, return_state=True)(
         decoder_inputs, initial_state=[state_h, state_c]
     )
-    model = keras.Model(
-        [encoder_inputs, decoder_inputs], layers.Dense(5, activation="softmax")(x)
-    )
+    model = keras.Model([encoder_inputs, decoder_inputs], layers.Dense(5, activation="softmax")(x))
     model.compile("rmsprop", "categorical_crossentropy", metrics=["accuracy"])
     one_hot = keras.utils.to_categorical
     x = [one_hot(tokens(ROWS, 4, count=5), 5), one_hot(tokens(ROWS, 3, count=5, seed=1), 5)]

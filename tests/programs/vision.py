@@ -1,4 +1,4 @@
-"""Programs on images: classifiers, segmentation, self-supervision, similarity, captcha, captions."""
+"""Programs on images: classes, segments, similarity, self-supervision, captchas, captions."""
 
 from __future__ import annotations
 
@@ -555,7 +555,10 @@ class Detector(keras.Model):
         super().__init__()
         self.low = layers.Conv2D(6, 3, 2, "same", activation="relu")
         self.high = layers.Conv2D(6, 3, 2, "same", activation="relu")
-        self.cls_head, self.box_head = layers.Conv2D(3, 3, 1, "same"), layers.Conv2D(4, 3, 1, "same")
+        self.cls_head, self.box_head = (
+            layers.Conv2D(3, 3, 1, "same"),
+            layers.Conv2D(4, 3, 1, "same"),
+        )
 
     def call(self, image, training=False):
         low = self.low(image)
