@@ -9,6 +9,8 @@ OLDEST_PYTHON ?= python3.10
 OLDEST_VERSIONS := tensorflow==2.16.2 keras==3.8.0
 # Ray is large, and only one test needs it.
 RAY := .venv-ray
+# KerasHub brings TensorFlow Text, and only the tests in tests/hub need it.
+HUB := .venv-hub
 # Two processes; a file's tests share what is costly to start, so they stay in one.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 # Only files with examples: two commands may define the same flag, but not in one process.
@@ -23,7 +25,7 @@ PRIVATE := $(PRIVATE)|(get|set|has|del)attr\([^,()]+, *["']_[a-z]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-ray bench bench-quick bench-render check lint types doctest docs private format clean
+.PHONY: help demo test test-oldest test-ray test-hub bench bench-quick bench-render check lint types doctest docs private format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +41,9 @@ test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, Tenso
 
 test-ray: $(RAY)/.installed ## Run the test with Ray Train, with two workers on this machine
 	$(RAY)/bin/python -m pytest tests/test_ray.py
+
+test-hub: $(HUB)/.installed ## Run the tests with KerasHub's tasks, on raw strings and images
+	$(HUB)/bin/python -m pytest tests/hub/test_hub.py
 
 bench: $(VENV)/.extra-bench ## Measure everything beside its peers (15 minutes, quiet machine)
 	$(BIN)/python -m benchmarks
@@ -73,7 +78,7 @@ format: $(VENV)/.extra-test ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
 
 clean: ## Remove .venv and all that is built or cached
-	rm -rf $(VENV) $(OLDEST) $(RAY) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(RAY) $(HUB) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems split ensurepip off from Python; there, the pip that is installed fills in.
@@ -95,6 +100,11 @@ $(OLDEST)/.installed: setup.cfg setup.py
 $(RAY)/.installed: setup.cfg setup.py
 	$(PYTHON) -m venv $(RAY)
 	$(RAY)/bin/python -m pip install --quiet --editable '.[ray,test]'
+	touch $@
+
+$(HUB)/.installed: setup.cfg setup.py
+	$(PYTHON) -m venv $(HUB)
+	$(HUB)/bin/python -m pip install --quiet --editable '.[hub,test]'
 	touch $@
 
 .NOTPARALLEL:

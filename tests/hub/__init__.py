@@ -1,0 +1,1 @@
+"""Tests with KerasHub, in an environment of their own: `make test-hub`."""
