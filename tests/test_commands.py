@@ -4,6 +4,7 @@ import configparser
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,11 @@ COMMANDS = {
                 "--picture=step.png"],
     "missing": ["explain", "lost.keras"],
     "broken": ["explain", "broken.keras"],
+    "not measured": ["bench", "broken.keras"],
+    "no picture": ["explain", "net.keras", "--picture=step.keras"],
+    "not written": ["explain", "net.keras", "--picture=broken.keras/step.png"],
+    "not saved": ["demo", "--output-dir=broken.keras"],
+    "demo": ["demo", "--epochs=2", "--json", "--output-dir=demo"],
 }  # fmt: skip
 
 
@@ -74,19 +80,61 @@ def test_explain(results: Any) -> None:
     assert [tower["rows"] for tower in found["towers"]] == [3, 3]
     assert found["batch_size"] == 6
     assert found["step"] > 0
+    assert min(numbers(found)) >= 0
     assert (results["folder"] / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("missing", "There is no such file."), ("broken", "Keras cannot load broken.keras: ")],
+    [
+        ("missing", "There is no such file"),
+        ("broken", "broken.keras is corrupt or was not written to its end"),
+        ("not measured", "broken.keras is corrupt or was not written to its end"),
+        ("no picture", "There is no such kind of picture."),
+        ("not written", "Cannot write "),
+        ("not saved", "Cannot write "),
+    ],
 )
 def test_errors_are_one_line(results: Any, name: str, words: str) -> None:
     assert results[name].returncode == 1
     assert results[name].stdout == ""
-    last = results[name].stderr.splitlines()[-1]
-    assert last.startswith(f"parallel_keras explain: {words}")
+    last = results[name].stderr.splitlines()[-1]  # TensorFlow's log comes before it.
+    assert last.startswith(f"parallel_keras {COMMANDS[name][0]}: {words}")
     assert "Traceback" not in results[name].stderr
+
+
+def numbers(found: Any) -> list[float]:
+    """All numbers in what JSON holds."""
+    return [leaf for leaf in keras.tree.flatten(found) if isinstance(leaf, (int, float))]
+
+
+def test_few_epochs_of_the_demo_succeed(results: Any) -> None:
+    """It is judged by its weights: two epochs reach no accuracy."""
+    assert results["demo"].returncode == 0, results["demo"].stderr
+    found = json.loads(results["demo"].stdout)
+    assert found["weight_difference"] < 1e-5
+    assert min(numbers(found)) >= 0
+    assert {path.name for path in (results["folder"] / "demo").iterdir()} == {
+        "digits.keras",
+        "demo.png",
+    }
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX sends Ctrl-C to one process")
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_ctrl_c_is_one_line(command: str, tmp_path: Path) -> None:
+    arguments = {"demo": ["demo"], "bench": ["bench", "Xception"]}[command]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "parallel_keras", *arguments],
+        cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline()  # It is at work.
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert err.splitlines()[-1] == f"parallel_keras {command}: interrupted"
+    assert "Traceback" not in err
 
 
 def test_console_script() -> None:
