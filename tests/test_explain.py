@@ -148,7 +148,7 @@ def test_timeline_is_drawn(tmp_path: Path) -> None:
 
 def test_timeline_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"step.png'\. Install: pip install \"parallel_keras"):
+    with pytest.raises(ImportError, match=r"step.png'\. Install: pip install matplotlib"):
         times().draw(tmp_path / "step.png")
 
 
