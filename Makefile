@@ -42,7 +42,7 @@ test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, Tenso
 	$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE)
 
 test-versions: $(VENV)/.extra-test ## Run tests with each Keras and Python; fills docs/versions.md
-	$(BIN)/python -m tools.test_versions
+	$(BIN)/python -m tools.try_versions
 
 test-ray: $(RAY)/.installed ## Run the test with Ray Train, with two workers on this machine
 	$(RAY)/bin/python -m pytest tests/test_ray.py
