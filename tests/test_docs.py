@@ -77,3 +77,14 @@ def test_what_pages_call_by_pk_is_there() -> None:
 def test_every_command_is_documented() -> None:
     page = (DOCS / "command_line.md").read_text()
     assert [name for name in COMMANDS if f"| `{name}" not in page] == []
+
+
+def test_the_first_example_prints_what_the_readme_says(tmp_path: Path) -> None:
+    page = ROOT / "README.md"
+    [expected] = re.findall(r"^```text\n(.*?)^```$", page.read_text(), re.M | re.S)
+    first = next(each.parsed for each in parse(page) if is_run(each))
+    done = subprocess.run(
+        [sys.executable, "-c", first], cwd=tmp_path, env=ENVIRONMENT, capture_output=True,
+        text=True, check=True, timeout=240,
+    )  # fmt: skip
+    assert done.stdout == expected
