@@ -21,7 +21,7 @@ def long_description(readme: str, source: str) -> str:
     """
     elsewhere = r"(?![a-z]+:|#)"
     pictures = re.sub(rf"(!\[[^]]*\]\(){elsewhere}", rf"\g<1>{source}/raw/main/", readme)
-    return re.sub(rf"((?<!!)\[[^]]*\]\(){elsewhere}", rf"\g<1>{source}/blob/main/", pictures)
+    return re.sub(rf"(\]\(){elsewhere}", rf"\g<1>{source}/blob/main/", pictures)
 
 
 def main() -> None:

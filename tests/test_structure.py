@@ -12,7 +12,7 @@ PACKAGE = Path(pk.__file__).parent
 # From the roof to the ground. A module imports modules of its own floor or of lower ones.
 FLOORS = (
     ("__main__", "commands", "measuring"),
-    ("", "verifying", "explaining", "multi_gpu", "files"),
+    ("", "_public", "verifying", "explaining", "multi_gpu", "files"),
     ("model",),
     ("keras_api",),
     ("steps",),
