@@ -32,10 +32,10 @@ help: ## List the targets
 demo: $(VENV)/.extra-demo ## Train on digits on one device and on all; writes digits.keras, demo.png
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m parallel_keras demo
 
-test: $(VENV)/.extra-test ## Run the tests but the slow ones, in under 8 minutes on 2 cores
+test: $(VENV)/.extra-test ## Run the tests but the slow ones
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
-test-all: $(VENV)/.extra-test ## Run all tests, as CI does (20 minutes on 2 cores)
+test-all: $(VENV)/.extra-test ## Run all tests, as CI does
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, TensorFlow and Keras

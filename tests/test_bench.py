@@ -236,6 +236,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command_end_to_end(tmp_path: Path) -> None:
     """P1: https://github.com/tensorflow/tensorflow/issues/35687."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])

@@ -37,13 +37,21 @@ def is_run(example: Example) -> bool:
     return not example.parsed.lstrip().startswith(NEEDS)
 
 
+# What a newcomer pastes first is always run.
+FIRST = {"README.md", "start.md"}
 WITH_CODE = [page for page in PAGES if page.name not in ELSEWHERE and parse(page)]
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[] if page.name in FIRST else pytest.mark.slow, id=page.name)
+        for page in WITH_CODE
+    ],
+)
 def test_blocks_run(page: Path, tmp_path: Path) -> None:
     script = tmp_path / "page.py"
     for example in parse(page):

@@ -32,7 +32,7 @@ def _sizes(towers: int) -> list[int]:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
-@pytest.mark.parametrize("towers", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("towers", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_batch_size(towers: int, loss_on: str, optimizer: str) -> None:
     """N1, N3, B1: https://github.com/tensorflow/tensorflow/issues/36224."""
     sizes = _sizes(towers)

@@ -24,6 +24,7 @@ class Page(HTMLParser):
         self.blocks: list[str] = []
         self.links: list[str] = []
         self.images: list[str] = []
+        self.quotes = 0
         self.text = ""
         self._in_block = False
         self.feed(html.partition("<article")[2].partition("</article>")[0])
@@ -33,6 +34,8 @@ class Page(HTMLParser):
         if tag == "pre":
             self.blocks.append("")
             self._in_block = True
+        elif tag == "blockquote":
+            self.quotes += 1
         elif tag == "a":
             self.links.append(given.get("href") or "")
         elif tag == "img":
@@ -85,6 +88,15 @@ def test_examples_are_programs(site: dict[Path, Page]) -> None:
     assert len(programs) > 5
     shown = "\n".join(site[Path("examples.md")].blocks)
     assert [path.name for path in programs if path.read_text().strip() not in shown] == []
+
+
+def test_examples_of_docstrings_are_code(site: dict[Path, Page]) -> None:
+    """Markdown takes `>>>` for three quotations in one another, and runs the lines together."""
+    api = site[Path("api.md")]
+    assert api.quotes == 0
+    typed = [block for block in api.blocks if block.startswith(">>> ")]
+    assert len(typed) > 3
+    assert min(block.count("\n") for block in typed) > 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
