@@ -13,9 +13,10 @@ RAY := .venv-ray
 HUB := .venv-hub
 # Two processes; a file's tests share what is costly to start, so they stay in one.
 SIDE_BY_SIDE := -n 2 --dist loadfile
+VERSIONS := .venv-versions
 # Only files with examples: two commands may define the same flag, but not in one process.
 EXAMPLES = $(shell grep -rl --include='*.py' '>>> ' parallel_keras)
-CODE := parallel_keras tests conftest.py setup.py docs benchmarks
+CODE := parallel_keras tests conftest.py setup.py docs benchmarks tools
 
 # Nothing but parallel_keras/_compat.py may reach into Keras' or TensorFlow's private parts.
 # ruff's SLF001 reports private attributes of other objects; this finds what it does not look at.
@@ -25,25 +26,37 @@ PRIVATE := $(PRIVATE)|(get|set|has|del)attr\([^,()]+, *["']_[a-z]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-ray test-hub bench bench-quick bench-render check lint types doctest docs private format clean
+.PHONY: help demo test test-all test-oldest test-versions test-ray test-hub dist bench bench-quick bench-render check lint types doctest docs private format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.extra-demo ## Train on digits on one device and on all; writes digits.keras, demo.png
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m parallel_keras demo
 
-test: $(VENV)/.extra-test ## Run the tests
+test: $(VENV)/.extra-test ## Run the tests but the slow ones
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
+
+test-all: $(VENV)/.extra-test ## Run all tests, as CI does
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, TensorFlow and Keras
 	$(OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE)
+
+test-versions: $(VENV)/.extra-test ## Run tests with each Keras and Python; fills docs/versions.md
+	$(BIN)/python -m tools.try_versions
 
 test-ray: $(RAY)/.installed ## Run the test with Ray Train, with two workers on this machine
 	$(RAY)/bin/python -m pytest tests/test_ray.py
 
 test-hub: $(HUB)/.installed ## Run the tests with KerasHub's tasks, on raw strings and images
 	$(HUB)/bin/python -m pytest tests/hub/test_hub.py
+
+dist: $(VENV)/.extra-dist $(VENV)/.extra-test ## Build wheel and sdist into dist/, and try both out
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m tools.check_dist
 
 bench: $(VENV)/.extra-bench ## Measure everything beside its peers (15 minutes, quiet machine)
 	$(BIN)/python -m benchmarks
@@ -67,7 +80,7 @@ doctest: $(VENV)/.extra-test ## Run the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules $(EXAMPLES)
 
 docs: $(VENV)/.extra-docs ## Build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 private: ## Look for uses of Keras' and TensorFlow's private parts
 	@! grep -rnE --include='*.py' --exclude=_compat.py '$(subst ','\'',$(PRIVATE))' parallel_keras \
@@ -79,6 +92,8 @@ format: $(VENV)/.extra-test ## Rewrite the code in the house style
 
 clean: ## Remove .venv and all that is built or cached
 	rm -rf $(VENV) $(OLDEST) $(RAY) $(HUB) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+	rm -rf $(VENV) $(OLDEST) $(RAY) $(VERSIONS) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems split ensurepip off from Python; there, the pip that is installed fills in.

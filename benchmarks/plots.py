@@ -103,7 +103,7 @@ def _bars(
 
 def _phases(drawing: figure.Figure, results: Results) -> bool:
     lines: list[tuple[str, dict[str, Any]]] = [
-        (f"{ABOUT[workload].split(',')[0]}, {name}", shares)
+        (ABOUT[workload].split(",")[0], shares)
         for workload, measured in results["speed"].items()
         for name, shares in measured["phases"].items()
         if name == "ours-2"

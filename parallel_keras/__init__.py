@@ -1,31 +1,55 @@
 """Train a Keras model on all of your devices, with the same numbers as on one.
 
-The public names are `DataParallelModel`, `multi_gpu_model` and
-`virtual_devices`; everything else is an implementation detail.
+The public names are those in `__all__`; everything else is an implementation detail.
 """
 
-import keras
+from __future__ import annotations
 
-from parallel_keras._version import __version__ as __version__
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any
 
-if keras.backend.backend() != "tensorflow":
-    raise ImportError(
-        "parallel_keras runs Keras models on TensorFlow devices, so it needs Keras' TensorFlow "
-        f"backend. Received: keras.backend.backend()={keras.backend.backend()!r}. Set the "
-        "environment variable KERAS_BACKEND=tensorflow before Keras is imported."
-    )
-
-from parallel_keras.devices import virtual_devices
-from parallel_keras.explaining.explain import explain
-from parallel_keras.model import DataParallelModel
-from parallel_keras.multi_gpu import multi_gpu_model
-from parallel_keras.verifying.verify import verify
+from parallel_keras._version import __version__
 
 __all__ = [
     "DataParallelModel",
+    "Explanation",
     "__version__",
+    "check_workers",
     "explain",
+    "load_multi_gpu_weights",
     "multi_gpu_model",
     "verify",
     "virtual_devices",
 ]
+
+
+def _is_command_line() -> bool:
+    """Whether this is the start of `python -m parallel_keras`, or of `parallel-keras`."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # as long as Python looks for the module
+        return sys.orig_argv[-len(sys.argv)].removeprefix("-m") == __name__
+    return pathlib.PurePath(program).stem == "parallel-keras"
+
+
+if TYPE_CHECKING or not _is_command_line():
+    # At once: importing also tells Keras of the classes that saved files may name.
+    from parallel_keras._public import (
+        DataParallelModel,
+        Explanation,
+        check_workers,
+        explain,
+        load_multi_gpu_weights,
+        multi_gpu_model,
+        verify,
+        virtual_devices,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Starts TensorFlow as late as can be, so that `--help` need not wait for it."""
+        if name in __all__:
+            from parallel_keras import _public
+
+            return getattr(_public, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -12,10 +14,15 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from parallel_keras import __version__
 from parallel_keras.commands import COMMANDS, EXIT_FAILURE, CommandError
 
 EXIT_USAGE = 2
+# What shells say of a program that a signal ended.
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
 _HELP = {"-h", "-help", "--help"}
+_VERSION = {"-version", "--version"}
 
 
 def usage() -> str:
@@ -29,6 +36,7 @@ def usage() -> str:
             *(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()),
             "",
             "The flags of a command: python -m parallel_keras <command> --help",
+            "The version of this library: python -m parallel_keras --version",
         ]
     )
 
@@ -104,8 +112,11 @@ def _run(name: str, command: ModuleType, arguments: Sequence[str]) -> NoReturn:
     def main(argv: list[str]) -> int | None:
         try:
             code: int | None = command.main(*argv[1:])
+            sys.stdout.flush()
         except CommandError as error:
             _fail(name, error)
+        except BrokenPipeError:
+            raise
         except Exception as error:
             logging.debug("The traceback:", exc_info=True)
             _fail(
@@ -115,6 +126,8 @@ def _run(name: str, command: ModuleType, arguments: Sequence[str]) -> NoReturn:
             )
         return code
 
+    if not _takes_any(command):  # What a script logs is its own business.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     app.run(
         main,
         argv=[f"parallel_keras {name}", *arguments],
@@ -126,12 +139,27 @@ def _run(name: str, command: ModuleType, arguments: Sequence[str]) -> NoReturn:
 def console() -> NoReturn:
     """Runs the command that the command line names, and ends the process.
 
-    Exits with 0 when the command succeeded, 1 or what the command returned when it failed, and 2
-    when there is no such command.
+    Exits with 0 when the command succeeded, 1 or what the command returned when it failed, 2 when
+    there is no such command, and 130 after Ctrl-C.
     """
     name, *arguments = sys.argv[1:] or [""]
+    try:
+        _dispatch(name, arguments)
+    except KeyboardInterrupt:
+        print(f"\nparallel_keras {name}: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head` does. Python would try once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE)
+
+
+def _dispatch(name: str, arguments: list[str]) -> NoReturn:
     if name in ("help", *_HELP):
-        print(usage())
+        print(usage(), flush=True)
+        sys.exit()
+    if name in _VERSION:
+        print(f"parallel_keras {__version__}")
         sys.exit()
     if name not in COMMANDS:
         print(usage(), file=sys.stderr)
@@ -144,7 +172,7 @@ def console() -> NoReturn:
     # Only the one command, so that two commands may each define a flag of the same name.
     command = importlib.import_module(f"parallel_keras.commands.{name}")
     if _asks_for_help(command, arguments):
-        print(_help(name, command))
+        print(_help(name, command), flush=True)
         sys.exit()
     _run(name, command, arguments)
 

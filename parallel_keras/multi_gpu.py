@@ -61,7 +61,11 @@ def multi_gpu_model(
 
 def _at_least_two(gpus: Any) -> list[str]:
     existing = [device.name for device in tf.config.list_logical_devices("GPU")]
-    advice = f"GPUs of this machine: {existing}. For one device, or CPUs, use DataParallelModel."
+    # All of them, as the old function had it: without a GPU, its list would else be empty.
+    everything = [device.name for device in tf.config.list_logical_devices()]
+    advice = (
+        f"Devices of this machine: {everything}. For one device, or CPUs, use DataParallelModel."
+    )
     if gpus is None or (isinstance(gpus, int) and not isinstance(gpus, bool)):
         wanted = len(existing) if gpus is None else gpus
         if wanted < 2 or wanted > len(existing):

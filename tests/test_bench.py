@@ -11,11 +11,13 @@ import keras
 import numpy as np
 import pytest
 
+import parallel_keras as pk
 from benchmarks import cost_model, judge, tables
 from benchmarks.names import ABOUT, ALONE, MERGE, NOTHING, PHASES, SIDE_BY_SIDE, UPDATE
-from parallel_keras.commands import bench
-from parallel_keras.measuring import rounds, subject
+from parallel_keras.commands import bench, speeds
+from parallel_keras.measuring import models, rounds, subject
 from parallel_keras.measuring.clock import Spread, StepClock, ratios
+from parallel_keras.measuring.random_batch import random_batch
 from parallel_keras.measuring.worker import Contender, forever, serve
 
 
@@ -84,11 +86,11 @@ def test_workers_take_turns() -> None:
     assert results["slow"] == {"seconds": [0.1] * 3, "cpu": [0.2] * 3}
 
 
-def lines() -> list[bench.Line]:
+def lines() -> list[speeds.Line]:
     base = subject.Subject("net", 1, False, 32, 128)
     specs = {"model": base, "2": subject.Subject("net", 2, True, 32, 128)}
     workers = {"model": Pretended(0.1), "2": Pretended(0.05, slow_round=3)}
-    return bench.measure(workers, specs, turns=3, seconds=1.0)
+    return speeds.measure(workers, specs, turns=3, seconds=1.0)
 
 
 def test_lines_hold_what_the_table_needs() -> None:
@@ -102,21 +104,21 @@ def test_lines_hold_what_the_table_needs() -> None:
 
 
 def test_the_table_tells_the_limit() -> None:
-    heads, base, two = bench.table(lines(), batch_size=32, limit=1).splitlines()
+    heads, base, two = speeds.table(lines(), batch_size=32, limit=1).splitlines()
     assert heads.split()[:2] == ["ms", "a"]
     assert base.split()[:4] == ["without", "wrapper", "100", "320"]
     assert two.split()[2:6] == ["50.0", "640", "2.00", "(1.20-2.00)"]
     assert two.split()[6] == "1"
-    assert bench.table(lines(), 32, limit=None).splitlines()[2].split()[6] == "2"
+    assert speeds.table(lines(), 32, limit=None).splitlines()[2].split()[6] == "2"
 
 
 def test_the_json_holds_what_the_table_needs() -> None:
-    report = json.loads(json.dumps(bench.report(lines(), {"batch_size": 32})))
+    report = json.loads(json.dumps(speeds.report(lines(), {"batch_size": 32})))
     read = [
-        bench.Line(**{k: Spread(**v) if isinstance(v, dict) else v for k, v in line.items()})
+        speeds.Line(**{k: Spread(**v) if isinstance(v, dict) else v for k, v in line.items()})
         for line in report["lines"]
     ]
-    assert bench.table(read, 32, None) == bench.table(lines(), 32, None)
+    assert speeds.table(read, 32, None) == speeds.table(lines(), 32, None)
     assert {"settings", "versions", "machine"} < set(report)
 
 
@@ -147,17 +149,65 @@ def test_a_random_batch_fits_the_model(loss: str, targets: tuple[int, ...]) -> N
         ]
     )
     model.compile("sgd", loss)
-    x, y = subject.random_batch(model, rows=5, open_size=7)
+    x, y = random_batch(model, rows=5, open_size=7)
     assert x.shape == (5, 7)
     assert set(np.unique(x)) <= {0, 1}
     assert y.shape == targets
     assert np.isfinite(model.train_on_batch(x, y))
 
 
-def test_a_model_without_shapes() -> None:
-    model = keras.Sequential([keras.layers.Dense(1)])
-    with pytest.raises(ValueError, match="knows the shape of its inputs"):
-        subject.random_batch(model, rows=5, open_size=7)
+@keras.saving.register_keras_serializable("tests")
+class OneLayer(keras.Model):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layer = keras.layers.Dense(1)
+
+    def call(self, x: Any) -> Any:
+        return self.layer(x)
+
+
+def test_a_model_without_shapes(tmp_path: Path) -> None:
+    model = OneLayer()
+    model(np.ones((2, 3)))
+    model.save(tmp_path / "net.keras")
+    with pytest.raises(ValueError, match=r"shape of its inputs.*of type OneLayer"):
+        models.load(str(tmp_path / "net.keras"))
+
+
+def listed() -> keras.Model:
+    inputs = [keras.Input((3,)), keras.Input((2,), dtype="int32")]
+    sums = keras.layers.Dense(4)(inputs[0]) + keras.layers.Embedding(5, 4)(inputs[1])[:, 0]
+    return keras.Model(inputs, [keras.layers.Dense(2)(sums), keras.layers.Dense(1)(sums)])
+
+
+def named() -> keras.Model:
+    inputs = {"a": keras.Input((3,), name="a"), "b": keras.Input((2,), name="b")}
+    joined = keras.layers.Concatenate()([inputs["a"], inputs["b"]])
+    return keras.Model(inputs, {"c": keras.layers.Dense(2, name="c")(joined)})
+
+
+def nested() -> keras.Model:
+    first, second = keras.Input((3,)), keras.Input((3,))
+    return keras.Model({"pair": [first, second]}, [keras.layers.Dense(2)(first + second)])
+
+
+def strings() -> keras.Model:
+    inputs = keras.Input((1,), dtype="string")
+    lookup = keras.layers.StringLookup(vocabulary=["a", "b"], output_mode="one_hot")
+    return keras.Model(inputs, keras.layers.Dense(2)(lookup(inputs)))
+
+
+@pytest.mark.parametrize("make", [listed, named, nested, strings])
+def test_inputs_of_any_nest_can_be_measured(make: Any) -> None:
+    """tf.data takes a list of inputs for one tensor to be stacked; `explain` was right."""
+    model = make()
+    subject.compile_with(model, None)
+    contender = Contender(model, *random_batch(model, rows=5))
+    assert len(contender.train(2)) == 2
+    assert len(contender.predict(2)) == 2
+    parallel = pk.DataParallelModel(model, 2)
+    parallel.compile("sgd", "mse")
+    assert len(Contender(parallel, *random_batch(model, rows=5)).train(2)) == 2
 
 
 def test_a_model_keeps_its_own_optimizer_and_loss() -> None:
@@ -174,7 +224,7 @@ def test_a_model_keeps_its_own_optimizer_and_loss() -> None:
 
 def test_a_name_that_is_no_model() -> None:
     with pytest.raises(ValueError, match=r"Received: model='nothing'.*Xception"):
-        subject.check_name("nothing")
+        models.check_name("nothing")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -186,19 +236,35 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command_end_to_end(tmp_path: Path) -> None:
     """P1: https://github.com/tensorflow/tensorflow/issues/35687."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     model.compile("sgd", "mse")
     file = tmp_path / "net.keras"
     model.save(file)
-    given = (f"--model={file}", "--devices=2", "--batch-size=5", "--rounds=1", "--seconds=0.01")
+    given = (str(file), "--devices=2,1", "--batch-size=5", "--rounds=1", "--seconds=0.01")
     done = run(*given)
     assert done.returncode == 0, done.stderr
     assert "without wrapper" in done.stdout
     assert "2 device(s)" in done.stdout
-    done = run(*given, "--json")
-    assert [line["devices"] for line in json.loads(done.stdout)["lines"]] == [1, 2]
+    done = run(f"--model={file}", *given[1:], "--json")
+    assert [line["devices"] for line in json.loads(done.stdout)["lines"]] == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [(None, [1, 2]), (["2"], [1, 2]), (["6"], [1, 2, 4, 6]), (["1"], [1]), (["3", "1"], [3, 1])],
+)
+def test_numbers_of_devices(values: list[str] | None, counts: list[int]) -> None:
+    """One number means here what it means to the other commands: how many to use."""
+    assert bench._counts(values, gpus=0) == counts
+
+
+def test_no_more_devices_than_there_are() -> None:
+    assert bench._counts(None, gpus=3) == [1, 2, 3]
+    with pytest.raises(bench.CommandError, match=r"at most 3\. Received: --devices=4"):
+        bench._counts(["4"], gpus=3)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +273,7 @@ def test_the_command_end_to_end(tmp_path: Path) -> None:
 )
 def test_numbers_of_devices_that_make_no_sense(values: list[str], match: str) -> None:
     with pytest.raises(bench.CommandError, match=match):
-        bench._counts(values)
+        bench._counts(values, gpus=0)
 
 
 def test_a_worker_that_ends_tells_why() -> None:

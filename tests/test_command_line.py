@@ -1,11 +1,17 @@
 """`python -m parallel_keras`: which command runs, with which flags and arguments."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+import parallel_keras as pk
+from parallel_keras.commands import COMMANDS
 
 # One process for all cases: each start of TensorFlow takes seconds. The commands are made up, so
 # that this says nothing on the real ones.
@@ -32,11 +38,14 @@ def mended():
 def broken():
     raise KeyError("lost")
 
+def stopped():
+    raise KeyboardInterrupt
+
 command = types.ModuleType("parallel_keras.commands.none", "What the command does.")
 sys.modules["parallel_keras.commands.none"] = command
 exec("from absl import flags; FLAG = flags.DEFINE_integer('flag', 0, 'Any number.')",
      command.__dict__)
-for main in (none, one, many, code, mended, broken):
+for main in (none, one, many, code, mended, broken, stopped):
     module = types.ModuleType(f"parallel_keras.commands.{main.__name__}", command.__doc__)
     module.main = main
     sys.modules[module.__name__] = module
@@ -76,10 +85,12 @@ FAILURES: list[tuple[list[str], int, str]] = [
     (["none", "--flog"], 1, "parallel_keras none: Unknown command line flag 'flog'"),
     (["mended"], 1, "parallel_keras mended: Two lines.\n"),
     (["broken"], 1, "parallel_keras broken: KeyError: 'lost' (To see where: "),
+    (["stopped"], 128 + signal.SIGINT, "\nparallel_keras stopped: interrupted\n"),
 ]  # fmt: skip
 HELP: list[tuple[list[str], str]] = [
     (["--help"], "\nCommands:\n  bench"),
     (["help"], "\nCommands:\n  bench"),
+    (["--version"], f"parallel_keras {pk.__version__}\n"),
     (["one", "--help"], "Usage: python -m parallel_keras one [flags] <model>\n\nWhat the command"),
     (["one", "net.keras", "-h"], "What the command does."),
     (["many", "-h", "2"], "many [flags] <count> <script> [arguments ...]\n"),
@@ -120,3 +131,65 @@ def test_helps(results: Any, line: list[str], written: str) -> None:
     code, out, err = results[tuple(line)]
     assert (code, err) == (None, "")
     assert written in out
+
+
+ASKED = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+
+
+@pytest.mark.parametrize("program", ["module", "script"])
+@pytest.mark.parametrize("arguments", ASKED, ids=" ".join)
+def test_help_does_not_wait_for_tensorflow(
+    program: str, arguments: list[str], tmp_path: Path
+) -> None:
+    """Counted, not timed: TensorFlow takes seconds to import, and logs."""
+    script = tmp_path / "parallel-keras"  # what pip makes of the entry point
+    script.write_text("from parallel_keras.__main__ import console\nconsole()\n")
+    started = {"module": ["-m", "parallel_keras"], "script": [str(script)]}[program]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *started, *arguments],
+        capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if not line.startswith("import time:")] == []
+    imported = {line.rpartition("|")[2].strip() for line in lines}
+    assert "absl.flags" in imported
+    assert imported.isdisjoint({"tensorflow", "keras", "numpy", "h5py"})
+
+
+def test_names_are_there_when_they_are_asked_for() -> None:
+    """What the command line puts off is loaded by its first use, and no more is promised."""
+    code = """
+import sys
+sys.argv = ["/bin/parallel-keras"]
+import parallel_keras as pk
+assert "keras" not in sys.modules
+try:
+    pk.nothing
+except AttributeError as error:
+    print(error)
+print(*sorted(name for name in pk.__all__ if getattr(pk, name)))
+import parallel_keras._public
+print(pk.DataParallelModel is parallel_keras._public.DataParallelModel)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.splitlines() == [
+        "module 'parallel_keras' has no attribute 'nothing'",
+        " ".join(sorted(pk.__all__)),
+        "True",
+    ]
+
+
+def test_who_has_read_enough_gets_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "parallel_keras", "--help"],
+        stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

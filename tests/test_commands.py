@@ -4,6 +4,7 @@ import configparser
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import keras
 import numpy as np
 import pytest
 
-from parallel_keras.explaining.random_batch import random_batch
+from parallel_keras.measuring.random_batch import random_batch
 from tests.parity import mlp
 
 ENVIRONMENT = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
@@ -24,6 +25,10 @@ COMMANDS = {
                 "--picture=step.png"],
     "missing": ["explain", "lost.keras"],
     "broken": ["explain", "broken.keras"],
+    "not measured": ["bench", "broken.keras"],
+    "no picture": ["explain", "net.keras", "--picture=step.keras"],
+    "not written": ["explain", "net.keras", "--picture=broken.keras/step.png"],
+    "not saved": ["demo", "--output-dir=broken.keras"],
 }  # fmt: skip
 
 
@@ -44,7 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Co
     }  # fmt: skip
     done = {}
     for name, process in processes.items():
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=500)
         done[name] = subprocess.CompletedProcess(COMMANDS[name], process.returncode, out, err)
     done["folder"] = folder
     return done
@@ -74,19 +79,65 @@ def test_explain(results: Any) -> None:
     assert [tower["rows"] for tower in found["towers"]] == [3, 3]
     assert found["batch_size"] == 6
     assert found["step"] > 0
+    assert min(numbers(found)) >= 0
     assert (results["folder"] / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("missing", "There is no such file."), ("broken", "Keras cannot load broken.keras: ")],
+    [
+        ("missing", "There is no such file"),
+        ("broken", "broken.keras is corrupt or was not written to its end"),
+        ("not measured", "broken.keras is corrupt or was not written to its end"),
+        ("no picture", "There is no such kind of picture."),
+        ("not written", "Cannot write "),
+        ("not saved", "Cannot write "),
+    ],
 )
 def test_errors_are_one_line(results: Any, name: str, words: str) -> None:
     assert results[name].returncode == 1
     assert results[name].stdout == ""
-    last = results[name].stderr.splitlines()[-1]
-    assert last.startswith(f"parallel_keras explain: {words}")
+    last = results[name].stderr.splitlines()[-1]  # TensorFlow's log comes before it.
+    assert last.startswith(f"parallel_keras {COMMANDS[name][0]}: {words}")
     assert "Traceback" not in results[name].stderr
+
+
+def numbers(found: Any) -> list[float]:
+    """All numbers in what JSON holds."""
+    return [leaf for leaf in keras.tree.flatten(found) if isinstance(leaf, (int, float))]
+
+
+@pytest.mark.slow
+def test_few_epochs_of_the_demo_succeed(tmp_path: Path) -> None:
+    """It is judged by its weights: two epochs reach no accuracy."""
+    done = subprocess.run(
+        [sys.executable, "-m", "parallel_keras", "demo", "--epochs=2", "--json"],
+        cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True, text=True, check=False, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["weight_difference"] < 1e-5
+    assert min(numbers(found)) >= 0
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.keras", "demo.png"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX sends Ctrl-C to one process")
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_ctrl_c_is_one_line(command: str, tmp_path: Path) -> None:
+    arguments = {"demo": ["demo"], "bench": ["bench", "Xception"]}[command]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "parallel_keras", *arguments],
+        cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline()  # It is at work.
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert err.splitlines()[-1] == f"parallel_keras {command}: interrupted"
+    assert "Traceback" not in err
 
 
 def test_console_script() -> None:
@@ -111,10 +162,11 @@ def test_random_rows_fit_the_model() -> None:
     model = two_headed()
     losses = {"kind": "mse", "next": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}
     model.compile("sgd", loss=losses)
-    x, y = random_batch(model, rows=3, length=5)
+    x, y = random_batch(model, rows=3, open_size=5)
     assert x["pixels"].shape == (3, 4)
     assert x["pixels"].std() > 0
-    np.testing.assert_array_equal(x["words"], np.zeros((3, 5)))
+    assert x["words"].shape == (3, 5)
+    assert set(np.unique(x["words"])) <= {0, 1}
     assert y["kind"].shape == (3, 2)
     np.testing.assert_array_equal(y["next"], np.zeros((3, 5)))
     model.train_on_batch(x, y)

@@ -1,4 +1,4 @@
-"""Every Python block of the documentation runs, one page after the other, each in one namespace.
+"""Every Python block of the documentation runs as pasted: each page in a process with one CPU.
 
 A block that cannot run here says so in its first line, `# Needs ...`: it is only compiled.
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from sybil import Example, Sybil
-from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.abstract import AbstractCodeBlockParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
@@ -23,61 +22,77 @@ DOCS = ROOT / "docs"
 # Needs clusters: its recipes run in test_recipes.py, with stand-ins.
 ELSEWHERE = {"multi-machine.md"}
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-# Splits the CPU itself, which only a fresh process can.
-OWN_PROCESS = {"start.md"}
 MOST_UNRUN = 9
 NEEDS = "# Needs "
-
-
-class Runs(PythonEvaluator):
-    def __call__(self, example: Example) -> None:
-        if example.parsed.lstrip().startswith(NEEDS):
-            compile(example.parsed, example.path, "exec")
-        else:
-            super().__call__(example)
 
 
 def parse(page: Path) -> list[Example]:
     # A title may follow the language.
     lexer = RawFencedCodeBlockLexer(re.compile(r"(?P<arguments>python)\b[^\n]*\n"))
-    parser = AbstractCodeBlockParser([lexer], language="python", evaluator=Runs())
+    parser = AbstractCodeBlockParser([lexer], language="python", evaluator=lambda example: None)
     return list(Sybil([parser]).parse(page).examples())
 
 
+def is_run(example: Example) -> bool:
+    return not example.parsed.lstrip().startswith(NEEDS)
+
+
+# What a newcomer pastes first is always run.
+FIRST = {"README.md", "start.md"}
 WITH_CODE = [page for page in PAGES if page.name not in ELSEWHERE and parse(page)]
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
-def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    if page.name in OWN_PROCESS:
-        script = "\n".join(example.parsed for example in parse(page))
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True,
-            check=False, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[] if page.name in FIRST else pytest.mark.slow, id=page.name)
+        for page in WITH_CODE
+    ],
+)
+def test_blocks_run(page: Path, tmp_path: Path) -> None:
+    script = tmp_path / "page.py"
     for example in parse(page):
-        example.evaluate()
+        compile(example.parsed, example.path, "exec")
+    script.write_text("\n".join(each.parsed for each in parse(page) if is_run(each)))
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
+        check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_most_blocks_run() -> None:
     blocks = [example for page in WITH_CODE for example in parse(page)]
-    unrun = [example for example in blocks if example.parsed.lstrip().startswith(NEEDS)]
+    unrun = [example for example in blocks if not is_run(example)]
     assert 0 < len(unrun) <= MOST_UNRUN < len(blocks) / 4
 
 
 def test_every_public_name_is_documented() -> None:
-    named = re.findall(
-        r"^::: parallel_keras\.(?:[a-z_]+\.)?(\w+)$", (DOCS / "api.md").read_text(), re.M
-    )
-    assert {*pk.__all__} - {"__version__"} <= {*named}
+    """And what the page says can be had as `pk.` can be."""
+    public = (DOCS / "api.md").read_text().partition("\n## ")[0]
+    named = re.findall(r"^::: parallel_keras\.(\w+)$", public, re.M)
+    assert sorted(named) == sorted({*pk.__all__} - {"__version__"})
+
+
+def test_what_pages_call_by_pk_is_there() -> None:
+    called = {name for page in PAGES for name in re.findall(r"\bpk\.(\w+)", page.read_text())}
+    assert sorted(name for name in called if not hasattr(pk, name)) == []
 
 
 def test_every_command_is_documented() -> None:
     page = (DOCS / "command_line.md").read_text()
     assert [name for name in COMMANDS if f"| `{name}" not in page] == []
+
+
+def test_the_first_example_prints_what_the_readme_says(tmp_path: Path) -> None:
+    page = ROOT / "README.md"
+    [expected] = re.findall(r"^```text\n(.*?)^```$", page.read_text(), re.M | re.S)
+    first = next(each.parsed for each in parse(page) if is_run(each))
+    done = subprocess.run(
+        [sys.executable, "-c", first], cwd=tmp_path, env=ENVIRONMENT, capture_output=True,
+        text=True, check=True, timeout=240,
+    )  # fmt: skip
+    assert done.stdout == expected

@@ -7,6 +7,9 @@ from types import ModuleType
 import keras
 import pytest
 
+# Whole programs.
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
 # Runs only when started as several workers.
 ELSEWHERE = {"several_machines"}

@@ -32,7 +32,7 @@ def _sizes(towers: int) -> list[int]:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
-@pytest.mark.parametrize("towers", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("towers", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_batch_size(towers: int, loss_on: str, optimizer: str) -> None:
     """N1, N3, B1: https://github.com/tensorflow/tensorflow/issues/36224."""
     sizes = _sizes(towers)
@@ -67,7 +67,7 @@ def test_known_batch_size(towers: int, count: int) -> None:
 
 
 def test_33_rows_in_batches_of_32_on_4_towers() -> None:
-    """The case in which MirroredStrategy is off by 9e-2."""
+    """The case in which MirroredStrategy is off by 2e-1 (`python -m benchmarks.parity`)."""
     x, y = rows(33, 6), rows(33, 3, seed=1)
     bare, parallel = pair(mlp, 4, optimizer=OPTIMIZERS["sgd"], loss="mse", metrics=["mae"])
     assert_same_fit(bare, parallel, x, y, batch_size=32, epochs=2, validation_data=(x[:5], y[:5]))

@@ -13,6 +13,9 @@ import pytest
 
 from parallel_keras.workers import cluster
 
+# Each starts processes.
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parent.parent / "docs" / "multi-machine.md"
 
 

@@ -20,6 +20,9 @@ from tests.processes import Process, started
 from tests.worker_cases import mlp
 from tests.worker_faults import FAILED, data, train
 
+# Each starts workers, and waits until they notice.
+pytestmark = pytest.mark.slow
+
 MODULE = "tests.worker_faults"
 TIMEOUT = 20
 START = 150.0  # A busy machine takes long to load TensorFlow.

@@ -11,206 +11,108 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
-import keras
-import tensorflow as tf
 from absl import flags
 
-from parallel_keras.commands import CommandError
-from parallel_keras.measuring import rounds, subject
-from parallel_keras.measuring.clock import Spread, ratios
+from parallel_keras.commands import CommandError, _flags
 
-_MODEL = flags.DEFINE_string(
-    "model", None, "A name from keras.applications, such as Xception, or the path to a saved model."
+if TYPE_CHECKING:
+    from parallel_keras.commands.speeds import Line
+    from parallel_keras.measuring.subject import Subject
+
+_MODEL = _flags.define_model()
+_DEVICES = flags.DEFINE_list(
+    "devices",
+    None,
+    "How many devices to use: 1, 2, 4 and so on up to that number, or, of several numbers such as "
+    "1,3, exactly these. By default, all GPUs, or two logical CPUs if there is no GPU.",
 )
-_DEVICES = flags.DEFINE_list("devices", ["1", "2"], "Numbers of devices, such as 1,2,4.")
-_BATCH_SIZE = flags.DEFINE_integer("batch-size", 32, "Rows of the whole batch.", lower_bound=1)
-_OPEN_SIZE = flags.DEFINE_integer(
-    "open-size",
-    128,
-    "The size of axes that the model leaves open, such as the length of a text.",
-    lower_bound=1,
-)
-_LOSS = flags.DEFINE_string(
-    "loss", None, "The name of a loss. By default the model's own, else the mean squared error."
-)
-_IMPORTS = flags.DEFINE_list(
-    "imports", [], "Modules to import first: those that register the model's own layers."
-)
+_BATCH_SIZE = _flags.define_batch_size()
+_OPEN_SIZE = _flags.define_open_size()
+_LOSS = _flags.define_loss()
+_IMPORTS = _flags.define_imports()
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each process has its turn.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "How long a turn is, about.", lower_bound=0.0)
-_JSON = flags.DEFINE_bool("json", False, "Print the results as JSON, and nothing else.")
+_JSON = _flags.define_json()
 
 WORKER: Final = "parallel_keras.measuring.subject"
-BASE: Final = "model"
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """What was measured on one number of devices; times in seconds, memory in bytes.
-
-    Attributes:
-        devices: Int, how many.
-        wrapped: Whether this is a `DataParallelModel`; the base is not.
-        train: The `Spread` of the time of a training step.
-        train_speed_up: The `Spread` of how many times faster than the base.
-        predict: The `Spread` of the time to predict a batch.
-        predict_speed_up: Likewise.
-        first_step: Float, the time from the call of `fit` to the end of its first step.
-        memory: Int, the most memory that the process held on the host, without the libraries.
-    """
-
-    devices: int
-    wrapped: bool
-    train: Spread
-    train_speed_up: Spread
-    predict: Spread
-    predict_speed_up: Spread
-    first_step: float
-    memory: int
-
-
-def measure(
-    contenders: Mapping[str, Any], specs: Mapping[str, subject.Subject], turns: int, seconds: float
-) -> list[Line]:
-    """Has the workers take turns.
-
-    Args:
-        contenders: Workers by name; the one named `BASE` is what the others are compared with.
-        specs: What each of them trains.
-        turns: Int, the number of rounds.
-        seconds: Float, the length of a turn.
-
-    Returns:
-        A `Line` for each of them.
-    """
-    train = rounds.take_turns(contenders, "train", turns, seconds)
-    predict = rounds.take_turns(contenders, "predict", turns, seconds / 2)
-    lines = []
-    for name, worker in contenders.items():
-        held = worker.ask("memory")
-        lines.append(
-            Line(
-                devices=specs[name].devices,
-                wrapped=specs[name].wrapped,
-                train=Spread.of(train[name]["seconds"]),
-                train_speed_up=ratios(train[BASE]["seconds"], train[name]["seconds"]),
-                predict=Spread.of(predict[name]["seconds"]),
-                predict_speed_up=ratios(predict[BASE]["seconds"], predict[name]["seconds"]),
-                first_step=worker.start["first"],
-                memory=held["peak"] - held["baseline"],
-            )
-        )
-    return lines
-
-
-def table(lines: Sequence[Line], batch_size: int, limit: int | None) -> str:
-    """The results as text.
-
-    Args:
-        lines: What `measure` returned.
-        batch_size: Int, the rows of a batch.
-        limit: Int, beyond how many devices nothing more can be gained, or `None`.
-
-    Returns:
-        The lines of a table.
-    """
-    heads = ("", "ms a step", "rows/s", "speed-up", "limit", "predict", "first step", "memory")
-    cells = [heads]
-    for line in lines:
-        most = line.devices if limit is None else min(line.devices, limit)
-        cells.append(
-            (
-                f"{line.devices} device(s)" if line.wrapped else "without wrapper",
-                _significant(line.train.median * 1e3),
-                _significant(batch_size / line.train.median),
-                _range(line.train_speed_up),
-                str(most),
-                _range(line.predict_speed_up),
-                f"{line.first_step:.1f} s",
-                f"{line.memory / 2**20:.0f} MB",
-            )
-        )
-    widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )
-
-
-def report(lines: Sequence[Line], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The results as JSON, with what they depend on."""
-    versions = {"tensorflow": tf.__version__, "keras": keras.__version__}
-    machine = {"python": platform.python_version(), "cores": _cores(), "gpus": _gpus()}
-    return {
-        "settings": dict(settings),
-        "versions": versions,
-        "machine": machine,
-        "lines": [dataclasses.asdict(line) for line in lines],
-    }
-
-
-def main() -> None:
+def main(model: str | None = None) -> None:
     """Runs the command."""
-    counts = _counts(_DEVICES.value)
-    if not _MODEL.value:
-        raise CommandError(
-            "There is no model to measure. Expected: --model=Xception, or another name from "
-            "keras.applications, or the path to a saved model. Received: --model is not set."
-        )
-    try:
-        subject.check_name(_MODEL.value)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    specs = _specs(_MODEL.value, counts)
+    # These start TensorFlow.
+    from parallel_keras.commands import speeds
+    from parallel_keras.commands.machine import choose_model
+
+    name = choose_model(model, _MODEL.value)
+    counts = _counts(_DEVICES.value, speeds.gpus())
+    specs = _specs(name, counts)
     if not _JSON.value:
-        print(f"{_MODEL.value}, batches of {_BATCH_SIZE.value} rows, on {_kind()}", flush=True)
+        print(f"{name}, batches of {_BATCH_SIZE.value} rows, on {speeds.kind()}", flush=True)
+    lines = _measure(specs)
+    if _JSON.value:
+        settings = {"batch_size": _BATCH_SIZE.value, **dataclasses.asdict(specs[speeds.BASE])}
+        print(json.dumps(speeds.report(lines, settings)))
+        return
+    limit = None if speeds.gpus() else speeds.cores()
+    print(speeds.table(lines, _BATCH_SIZE.value, limit))
+    print(speeds.notes(counts))
+
+
+def _measure(specs: Mapping[str, Subject]) -> list[Line]:
+    from parallel_keras.commands import speeds
+    from parallel_keras.measuring import rounds
+
     try:
         described = {name: dataclasses.asdict(spec) for name, spec in specs.items()}
         with rounds.workers(WORKER, described) as contenders:
-            lines = measure(contenders, specs, _ROUNDS.value, _SECONDS.value)
+            return speeds.measure(contenders, specs, _ROUNDS.value, _SECONDS.value)
     except rounds.WorkerFailed as error:
         raise CommandError(
             f"A process that trained the model ended: {error} If the model has layers of its own, "
             "name their module with --imports; if its loss does not take random targets shaped "
             "like its outputs, choose one with --loss; if memory ran out, a smaller --batch-size."
         ) from error
-    if _JSON.value:
-        settings = {"batch_size": _BATCH_SIZE.value, **dataclasses.asdict(specs[BASE])}
-        print(json.dumps(report(lines, settings)))
-        return
-    print(table(lines, _BATCH_SIZE.value, None if _gpus() else _cores()))
-    print(_notes(counts))
 
 
-def _counts(values: Sequence[str]) -> list[int]:
+def _counts(values: Sequence[str] | None, gpus: int) -> list[int]:
+    """The numbers of devices to measure."""
+    if values is None:
+        return _up_to(gpus or 2)
     counts = [int(value) for value in values if value.strip().isdigit() and int(value)]
     if not values or len(counts) < len(values) or len(set(counts)) < len(counts):
         raise CommandError(
-            "Expected different numbers of devices, such as --devices=1,2,4. "
+            "Expected a number of devices, or several different ones, such as --devices=1,2,4. "
             f"Received: --devices={','.join(values)}."
         )
-    gpus = _gpus()
     if gpus and max(counts) > gpus:
         raise CommandError(
             f"There are not as many GPUs as asked for. Expected: at most {gpus}. "
             f"Received: --devices={','.join(values)}."
         )
-    return counts
+    return counts if len(counts) > 1 else _up_to(counts[0])
 
 
-def _specs(model: str, counts: Sequence[int]) -> dict[str, subject.Subject]:
+def _up_to(most: int) -> list[int]:
+    """1, 2, 4 and so on, and the number itself.
+
+    Example:
+    >>> from parallel_keras.commands import bench
+    >>> bench._up_to(6), bench._up_to(1)
+    ([1, 2, 4, 6], [1])
+    """
+    return [*(1 << power for power in range(most.bit_length()) if 1 << power < most), most]
+
+
+def _specs(model: str, counts: Sequence[int]) -> dict[str, Subject]:
+    from parallel_keras.commands import speeds
+    from parallel_keras.measuring.subject import Subject
+
     # Its turn must not be on the core where the system does most of its own work.
-    core = None if _gpus() else max(_own_cores())
-    base = subject.Subject(
+    core = None if speeds.gpus() else max(speeds.own_cores())
+    base = Subject(
         model=model,
         devices=1,
         wrapped=False,
@@ -226,45 +128,4 @@ def _specs(model: str, counts: Sequence[int]) -> dict[str, subject.Subject]:
         )
         for count in counts
     }
-    return {BASE: base, **wrapped}
-
-
-def _notes(counts: Sequence[int]) -> str:
-    lines = [
-        "Medians of the rounds, in brackets the middle half of them. speed-up: how many times as "
-        "fast as without wrapper; limit: what it could be at most."
-    ]
-    if not _gpus() and max(counts) > _cores():
-        lines.append(
-            f"More logical CPUs than the {_cores()} cores: they show what more devices cost, not "
-            "what they gain."
-        )
-    return "\n".join(lines)
-
-
-def _range(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
-
-
-def _significant(value: float) -> str:
-    """Three digits, also of small numbers."""
-    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
-    return f"{value:.{digits}f}"
-
-
-def _gpus() -> int:
-    return len(tf.config.list_physical_devices("GPU"))
-
-
-def _own_cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _cores() -> int:
-    return len(_own_cores())
-
-
-def _kind() -> str:
-    return "GPUs" if _gpus() else f"logical CPUs ({_cores()} cores)"
+    return {speeds.BASE: base, **wrapped}

@@ -14,7 +14,6 @@ from typing import Final
 from absl import flags
 
 from parallel_keras.commands import CommandError
-from parallel_keras.workers.roll_call import check_workers
 
 _TIMEOUT: Final = flags.DEFINE_float(
     "timeout", 60.0, "Seconds to wait for the other workers.", lower_bound=0.0
@@ -23,6 +22,8 @@ _TIMEOUT: Final = flags.DEFINE_float(
 
 def main() -> None:
     """Runs the check."""
+    from parallel_keras.workers.roll_call import check_workers
+
     start = time.monotonic()
     try:
         found = check_workers(_TIMEOUT.value)

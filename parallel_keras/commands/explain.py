@@ -1,35 +1,31 @@
-"""Says where the time of a training step of a saved model goes, and what would make it faster.
+"""Says where the time of a training step of a model goes, and what would make it faster.
 
-The model is a .keras file. It is trained for a few steps on random rows of its input's shape, on
-one device and on several, and the pieces of a step are timed; the file is not changed. A model that
-was saved without compile arguments is given Adam and mean squared error.
+The model is a saved file, or one of keras.applications. It is trained for a few steps on random
+rows of its input's shape, on one device and on several, and the pieces of a step are timed; the
+file is not changed. A model that was saved without compile arguments is given Adam and mean squared
+error.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import keras
 from absl import flags
 
-import parallel_keras as pk
-from parallel_keras.commands import CommandError
-from parallel_keras.commands.machine import choose_devices
-from parallel_keras.explaining.random_batch import random_batch
+from parallel_keras.commands import CommandError, _flags
+from parallel_keras.commands._outputs import check_writable
 
-_DEVICES = flags.DEFINE_integer(
-    "devices",
-    None,
-    "How many devices to use. By default, all GPUs, or two logical CPUs if there is no GPU.",
-    lower_bound=1,
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch-size", 64, "Rows of a batch, of all devices together.", lower_bound=1
-)
-_UNKNOWN = flags.DEFINE_integer(
-    "length", 32, "The size of input axes that the model leaves open.", lower_bound=1
-)
+if TYPE_CHECKING:
+    from parallel_keras.explaining.explanation import Explanation
+
+_MODEL = _flags.define_model()
+_DEVICES = _flags.define_devices()
+_BATCH_SIZE = _flags.define_batch_size()
+_OPEN_SIZE = _flags.define_open_size()
+_LOSS = _flags.define_loss()
+_IMPORTS = _flags.define_imports()
 _LOSS_ON = flags.DEFINE_enum(
     "loss-on", "auto", ["auto", "merged", "towers"], "As in DataParallelModel."
 )
@@ -37,43 +33,58 @@ _REPEATS = flags.DEFINE_integer("repeats", 20, "How often each piece is timed.",
 _PICTURE = flags.DEFINE_string(
     "picture", None, "Where to draw the timeline of a step: a .png, .svg or .pdf file."
 )
-_JSON = flags.DEFINE_bool("json", False, "Print the result as JSON.")
+_JSON = _flags.define_json()
 
 
-def main(model: str) -> None:
+def main(model: str | None = None) -> None:
     """Prints the times and the verdict."""
-    devices = choose_devices(_DEVICES.value)
-    template = _load(model)
-    if not template.compiled:
-        template.compile(optimizer="adam", loss="mean_squared_error")
-    parallel = pk.DataParallelModel(template, devices, loss_on=_LOSS_ON.value)
-    batch = random_batch(template, _BATCH_SIZE.value, _UNKNOWN.value)
-    explanation = pk.explain(parallel, batch, repeats=_REPEATS.value)
+    from parallel_keras.commands.machine import choose_model  # starts TensorFlow
+
+    name = choose_model(model, _MODEL.value)
+    if _PICTURE.value is not None:
+        _check_picture(_PICTURE.value)
+    explanation = _explain(name)
     print(json.dumps(explanation.as_dict()) if _JSON.value else explanation)
     if _PICTURE.value is not None:
         try:
             explanation.draw(_PICTURE.value)
-        except (ImportError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise CommandError(f"Cannot draw {_PICTURE.value}: {error}") from error
 
 
-def _load(path: str) -> keras.Model:
-    if not Path(path).is_file():
-        raise CommandError(
-            f"There is no such file. Expected: a .keras file. Received: model={path!r}. "
-            "Save one with parallel.save('model.keras')."
-        )
+def _explain(name: str) -> Explanation:
+    import parallel_keras as pk
+    from parallel_keras.commands.machine import choose_devices
+    from parallel_keras.measuring import models, subject
+    from parallel_keras.measuring.random_batch import random_batch
+
+    devices = choose_devices(_DEVICES.value)
     try:
-        model = keras.saving.load_model(path)
-    except (TypeError, ValueError, OSError) as error:
+        template = models.load(name, _IMPORTS.value)
+    except (ImportError, ValueError) as error:
         raise CommandError(
-            f"Keras cannot load {path}: {error} If it has classes of your own, call "
-            "parallel_keras.explain(parallel, batch) from your script instead."
+            f"{error} Or call parallel_keras.explain(parallel, batch) from your script."
         ) from error
-    if not getattr(model, "inputs", None):
+    if _LOSS.value or not template.compiled:
+        subject.compile_with(template, _LOSS.value)
+    parallel = pk.DataParallelModel(template, devices, loss_on=_LOSS_ON.value)
+    batch = random_batch(template, _BATCH_SIZE.value, _OPEN_SIZE.value)
+    return pk.explain(parallel, batch, repeats=_REPEATS.value)
+
+
+def _check_picture(path: str) -> None:
+    """Finds out before the work what would spoil its result."""
+    try:
+        from matplotlib.backends import backend_agg
+    except ImportError as error:
         raise CommandError(
-            "The shape of a batch is only known of Sequential and Functional models. "
-            f"Received: a model of type {type(model).__name__}. Call "
-            "parallel_keras.explain(parallel, batch) from your script instead."
+            "Drawing the timeline needs matplotlib, which is not installed. "
+            f"Received: --picture={path}. Install: pip install matplotlib"
+        ) from error
+    endings = backend_agg.FigureCanvasAgg.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".").lower() not in endings:
+        raise CommandError(
+            f"There is no such kind of picture. Expected: a name that ends in .png, .svg or .pdf. "
+            f"Received: --picture={path}."
         )
-    return model
+    check_writable(Path(path).absolute(), f"--picture={path}")

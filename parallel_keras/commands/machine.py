@@ -1,4 +1,4 @@
-"""Which devices a command runs on; for commands that take a number of them."""
+"""Which devices a command runs on, and which model it takes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import tensorflow as tf
 
 import parallel_keras as pk
 from parallel_keras.commands import CommandError
+from parallel_keras.measuring import models
 
 
 def choose_devices(count: int | None) -> list[str]:
@@ -27,3 +28,24 @@ def choose_devices(count: int | None) -> list[str]:
             f"Received: --devices={count}. Leave the flag out to use all of them."
         )
     return [f"/device:GPU:{index}" for index in range(count or gpus)]
+
+
+def choose_model(argument: str | None, flag: str | None) -> str:
+    """Returns the name of the model, once it is known that there is one.
+
+    Args:
+        argument: What stood on the command line, or `None`.
+        flag: What `--model` said, or `None`.
+    """
+    given = {each for each in (argument, flag) if each}
+    if len(given) != 1:
+        raise CommandError(
+            "Expected one model: a name from keras.applications, such as Xception, or the path to "
+            f"a saved model. Received: model={argument!r}, --model={flag!r}."
+        )
+    [name] = given
+    try:
+        models.check_name(name)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    return name

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import tensorflow as tf
 from absl import flags
 
 from parallel_keras.commands import CommandError, _processes
@@ -112,6 +111,8 @@ def share(gpus: Sequence[str], count: int, index: int) -> Sequence[str]:
 
 def _gpus() -> list[str]:
     """The GPUs that TensorFlow sees, as CUDA_VISIBLE_DEVICES names them."""
+    import tensorflow as tf
+
     count = len(tf.config.list_physical_devices("GPU"))
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",")[:count] if given else [str(index) for index in range(count)]

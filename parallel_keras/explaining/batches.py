@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from parallel_keras.explaining import stopwatch
 
 Data = tuple[Any, Any, Any]
 
@@ -47,10 +48,10 @@ def read(batch: Any, repeats: int) -> tuple[Data, float | None]:
     if not repeats:
         return _as_data(first), None
     # The mean, because a dataset that reads ahead gives some at once and others late.
-    start = time.perf_counter()
+    start = stopwatch.now()
     for _ in range(repeats):
         next(source)
-    return _as_data(first), 1000 * (time.perf_counter() - start) / repeats
+    return _as_data(first), 1000 * (stopwatch.now() - start) / repeats
 
 
 def _as_data(batch: Any) -> Data:

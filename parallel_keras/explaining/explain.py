@@ -8,11 +8,11 @@ from typing import Any, Final
 
 import keras
 
+from parallel_keras.explaining import stopwatch
 from parallel_keras.explaining.batches import read
 from parallel_keras.explaining.explanation import Explanation
 from parallel_keras.explaining.pieces import Data, Pieces
 from parallel_keras.explaining.step_times import TowerTimes
-from parallel_keras.explaining.stopwatch import Stopwatch
 from parallel_keras.model import DataParallelModel
 from parallel_keras.steps.template_steps import LEARNING, overrides
 from parallel_keras.towers import losses
@@ -49,8 +49,8 @@ def explain(parallel: DataParallelModel, batch: Any, *, repeats: int = 20) -> Ex
     >>> explanation = pk.explain(parallel, (np.ones((4, 3)), np.ones((4, 2))))
     >>> [tower.rows for tower in explanation.towers]
     [2, 2]
-    >>> explanation.verdict.cause
-    'small batch'
+    >>> explanation.loss_on
+    'towers'
     """
     _check(parallel, repeats)
     data, reading = read(batch, repeats)
@@ -66,7 +66,7 @@ def _measure(
 ) -> Explanation:
     pieces = Pieces(parallel, data)
     shards = pieces.shards(data)
-    watch = Stopwatch(data, eager=bool(parallel.run_eagerly))
+    watch = stopwatch.Stopwatch(data, eager=bool(parallel.run_eagerly))
     for name, piece in pieces.up_to().items():
         watch.add(name, piece)
     # Eagerly first: variables that the template still lacks cannot be made in a graph.
@@ -87,7 +87,7 @@ def _measure(
         may_divide=not pieces.divided and decision.reduction is not None,
         merge_device=parallel.merge_device,
         towers=_towers(parallel.devices, list(map(int, shards.rows)), times),
-        whole=times["whole backward"] - times["whole weights out"],
+        whole=max(0.0, times["whole backward"] - times["whole weights out"]),
         template=times["template"],
         reading=reading,
         eager=bool(parallel.run_eagerly),

@@ -72,7 +72,7 @@ def draw(times: StepTimes, path: str | pathlib.Path) -> None:
     except ImportError as error:
         raise ImportError(
             "Drawing the timeline needs matplotlib, which is not installed. "
-            f'Received: path={str(path)!r}. Install: pip install "parallel_keras[explain]".'
+            f"Received: path={str(path)!r}. Install: pip install matplotlib."
         ) from error
     drawn = lanes(times)
     # A Figure of its own, not pyplot: that needs no display, and leaves no global state behind.

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def load_multi_gpu_weights(template: keras.Model, path: str | os.PathLike[str]) 
     Example:
     ```python
     template = build_model()  # the same layers as in 2018
-    parallel_keras.files.load_multi_gpu_weights(template, "multi_gpu.h5")
+    pk.load_multi_gpu_weights(template, "multi_gpu.h5")
     parallel = pk.DataParallelModel(template)
     ```
     """
@@ -117,10 +118,19 @@ def _nested_model(root: Any, path: Any) -> list[_Weight]:
         raise ValueError(
             "Expected a file of multi_gpu_model, in which one layer, the model itself, has all "
             f"the weights. Received: path={str(path)!r}, where these have some: "
-            f"{list(filled)[:5]}. The file of a plain model loads with template.load_weights(path)."
+            f"{list(filled)[:5]}. {_how_to_load_plain(path)}"
         )
     [(layer, names)] = filled.items()
     return [_Weight(name, np.asarray(root[layer][name])) for name in names]
+
+
+def _how_to_load_plain(path: Any) -> str:
+    name = pathlib.PurePath(path).name
+    how = "The file of a plain model loads with template.load_weights(path)."
+    if name.endswith(".weights.h5"):
+        plain = name.removesuffix(".weights.h5") + ".h5"
+        return f"Rename it to {plain}, since Keras 3 expects its own format in {name}. {how}"
+    return how
 
 
 def _matching(template: keras.Model, saved: Sequence[_Weight]) -> list[keras.Variable]:

@@ -1,6 +1,7 @@
 """Times a model on several numbers of devices, side by side in processes of their own.
 
 `clock` takes the times and does the arithmetic, `worker` is the process that trains, `rounds`
-starts workers and lets them take turns, `subject` makes what `bench` asks for. The library never
-imports this package; `commands.bench` and benchmarks/ do.
+starts workers and lets them take turns, `subject` makes what `bench` asks for: `models` loads a
+model, `random_batch` makes rows for it. The library never imports this package; the commands and
+benchmarks/ do.
 """

@@ -59,6 +59,8 @@ def forever(data: Any) -> tf.data.Dataset:
     """
     options = tf.data.Options()
     options.autotune.enabled = False
+    # tf.data takes a list for one tensor to be stacked, not for several.
+    data = keras.tree.lists_to_tuples(data)
     return tf.data.Dataset.from_tensors(data).repeat().with_options(options)
 
 

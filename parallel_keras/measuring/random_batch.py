@@ -8,39 +8,44 @@ import keras
 import numpy as np
 
 
-def random_batch(model: keras.Model, rows: int, length: int = 32) -> tuple[Any, Any]:
-    """Inputs and targets of one batch.
+def random_batch(model: keras.Model, rows: int, open_size: int = 128) -> tuple[Any, Any]:
+    """Inputs of a model, and targets that its loss takes.
 
     Args:
         model: `keras.Model`, compiled, Sequential or Functional.
         rows: Int, the rows of the batch.
-        length: Int, the size of axes that the inputs leave open. Defaults to `32`.
+        open_size: Int, the size of axes that the inputs leave open. Defaults to `128`.
 
     Returns:
         A tuple of the nests of inputs and targets, arrays of shape `(rows, ...)`. Floats are
-        drawn from `[0, 1)`, integers are 0, so that they are in any vocabulary. Targets have the
-        shape of the outputs, without the last axis for losses that take class indices.
+        drawn from `[0, 1)`, integers are 0 or 1, which any vocabulary holds. Targets have the
+        shape of the outputs, without the last axis and 0 for losses that take class indices.
 
     Example:
-    >>> from parallel_keras.explaining import random_batch
+    >>> from parallel_keras.measuring import random_batch
     >>> model = keras.Sequential([keras.Input((None, 3)), keras.layers.Dense(5)])
     >>> model.compile("sgd", "sparse_categorical_crossentropy")
-    >>> x, y = random_batch.random_batch(model, rows=4, length=7)
+    >>> x, y = random_batch.random_batch(model, rows=4, open_size=7)
     >>> x.shape, x.dtype, y.shape, y.dtype
     ((4, 7, 3), dtype('float32'), (4, 7), dtype('int32'))
     """
     random = np.random.default_rng(0)
 
     def make(tensor: Any) -> Any:
-        shape = [rows, *(length if size is None else size for size in tensor.shape[1:])]
-        if "float" in tensor.dtype:
-            return random.random(shape).astype(tensor.dtype)
-        return np.zeros(shape, "object" if tensor.dtype == "string" else tensor.dtype)
+        shape = [rows, *(open_size if size is None else size for size in tensor.shape[1:])]
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        if dtype == "string":
+            return np.full(shape, "", "object")
+        if "float" in dtype:
+            return random.random(shape).astype(dtype)
+        return random.integers(0, 2, shape).astype(dtype)
 
     # A loaded Sequential model has `inputs`, but no `input` before its first call.
     inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     x = keras.tree.map_structure(make, inputs)
-    outputs = keras.tree.map_structure(keras.ops.convert_to_numpy, model(x, training=False))
+    outputs = model.compute_output_spec(
+        keras.tree.map_structure(lambda like, one: _symbol(one, like.dtype), inputs, x)
+    )
     losses = iter(_losses(model, outputs))
 
     def target(output: Any) -> Any:
@@ -49,6 +54,10 @@ def random_batch(model: keras.Model, rows: int, length: int = 32) -> tuple[Any, 
         return random.random(output.shape).astype("float32")
 
     return x, keras.tree.map_structure(target, outputs)
+
+
+def _symbol(array: Any, dtype: Any) -> keras.KerasTensor:
+    return keras.KerasTensor(array.shape, dtype)
 
 
 def _losses(model: keras.Model, outputs: Any) -> list[Any]:
