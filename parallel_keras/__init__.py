@@ -1,7 +1,7 @@
 """Train a Keras model on all of your devices, with the same numbers as on one.
 
-The public names are `DataParallelModel`, `multi_gpu_model` and
-`virtual_devices`; everything else is an implementation detail.
+The public names are `DataParallelModel`, `multi_gpu_model`, `virtual_devices`, `explain` and
+`connect`; everything else is an implementation detail.
 """
 
 import keras
@@ -20,10 +20,12 @@ from parallel_keras.explaining.explain import explain
 from parallel_keras.model import DataParallelModel
 from parallel_keras.multi_gpu import multi_gpu_model
 from parallel_keras.verifying.verify import verify
+from parallel_keras.workers.servers import connect
 
 __all__ = [
     "DataParallelModel",
     "__version__",
+    "connect",
     "explain",
     "multi_gpu_model",
     "verify",

@@ -11,6 +11,7 @@ import keras
 from parallel_keras.steps import checks
 from parallel_keras.steps.first_batch import first_batch
 from parallel_keras.steps.wrapper import Wrapper
+from parallel_keras.workers import servers
 from parallel_keras.workers.agreement import Agreement, agree_on_seed, agree_on_state
 from parallel_keras.workers.own_rows import Feed
 
@@ -36,10 +37,11 @@ class WorkerLoops(Wrapper):
             The `History`, equal on all workers.
 
         Raises:
-            ConnectionError: If another worker is gone or does not answer in time.
+            ConnectionError: If another worker, or a server, is gone or does not answer in time.
         """
         if self._cluster is None:
-            return super().fit(*args, **kwargs)
+            with servers.naming_faults():
+                return super().fit(*args, **kwargs)
         arguments = _by_name(super().fit, args, kwargs)
         if self._cluster.feeds_own:
             feed = Feed(self._cluster)
@@ -60,11 +62,12 @@ class WorkerLoops(Wrapper):
             The loss and the metrics, equal on all workers.
 
         Raises:
-            ConnectionError: If another worker is gone or does not answer in time.
+            ConnectionError: If another worker, or a server, is gone or does not answer in time.
         """
         # In `fit`, Keras evaluates what was prepared when it started.
         if self._cluster is None or "_use_cached_eval_dataset" in kwargs:
-            return super().evaluate(*args, **kwargs)
+            with servers.naming_faults():
+                return super().evaluate(*args, **kwargs)
         arguments = _by_name(super().evaluate, args, kwargs)
         if self._cluster.feeds_own:
             Feed(self._cluster).evaluation(arguments)
@@ -82,10 +85,11 @@ class WorkerLoops(Wrapper):
             feeds its own.
 
         Raises:
-            ConnectionError: If another worker is gone or does not answer in time.
+            ConnectionError: If another worker, or a server, is gone or does not answer in time.
         """
         if self._cluster is None:
-            return super().predict(*args, **kwargs)
+            with servers.naming_faults():
+                return super().predict(*args, **kwargs)
         arguments = _by_name(super().predict, args, kwargs)
         if self._cluster.feeds_own:
             Feed(self._cluster).evaluation(arguments)
@@ -155,7 +159,8 @@ class WorkerLoops(Wrapper):
     def _on_batch(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cluster = self._cluster
         if cluster is None:
-            return step(*args, **kwargs)
+            with servers.naming_faults():
+                return step(*args, **kwargs)
         self._build_from(args[0] if args else kwargs["x"])
         if not self._agreed:
             agree_on_state(self, cluster)
