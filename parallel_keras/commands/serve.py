@@ -53,6 +53,7 @@ def main() -> None:
     """Runs the server until it is told to end."""
     own = _own()
     hosts = None if _CLIENT.value is None else _hosts(_CLIENT.value)
+    servers.give_up_early()
     # It must live as long as it is to serve.
     server = tf.distribute.Server({servers.JOB: [own.address]}, job_name=servers.JOB, task_index=0)
     limits = _limit(own, hosts)

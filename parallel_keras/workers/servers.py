@@ -161,8 +161,7 @@ def connect(
     _wait_for(tasks, timeout)
     for task in tasks:
         _check_server(task)
-    if _OPTIONS not in os.environ:
-        os.environ[_OPTIONS] = _RECONNECT
+    give_up_early()
     logging.warning(SECURITY, f"{own.address} and {', '.join(addresses)}")
     _connected = Servers(tasks, own, timeout)
     with _connected_or_stopped(_connected):
@@ -258,6 +257,11 @@ def _has_started() -> bool:
         return True
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     return False
+
+
+def give_up_early() -> None:
+    """Has gRPC say within seconds that there is no connection, before TensorFlow starts it."""
+    os.environ.setdefault(_OPTIONS, _RECONNECT)
 
 
 def check_own(own: Task) -> None:
