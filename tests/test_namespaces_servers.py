@@ -132,7 +132,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_is_gone_in_mid_epoch(fault: str, tmp_path: Path) -> None:
-    """W2: https://github.com/tensorflow/tensorflow/issues/35878: an error that names it, in time."""
+    """W2: https://github.com/tensorflow/tensorflow/issues/35878: named in time."""
     with site(2, tmp_path) as (found, _):
         _, second = found.serve()
         script = found.run("train")

@@ -23,7 +23,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras.workers import heartbeat, servers, sockets
+from parallel_keras.workers import heartbeat, listening, server_checks, servers, sockets
 from parallel_keras.workers.cluster import Task
 from tests.processes import Program, free_ports
 
@@ -36,7 +36,7 @@ def task(port: int, index: int = 0) -> Task:
 
 
 @contextlib.contextmanager
-def listening(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+def port_that(answer: Callable[[socket.socket], None]) -> Iterator[int]:
     """A port whose process does something else than TensorFlow."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         kept = []
@@ -109,32 +109,32 @@ def test_too_late() -> None:
 
 
 def test_own_address_is_found() -> None:
-    found = servers._own_address(task(9))
+    found = listening.own_address(task(9))
     assert re.fullmatch(r"127\.0\.0\.1:\d+", found)
-    assert servers._own_address(Task("worker", 0, "[::1]:9")).startswith("[::1]:")
+    assert listening.own_address(Task("worker", 0, "[::1]:9")).startswith("[::1]:")
 
 
 def test_there_is_no_way_to_a_server() -> None:
     with pytest.raises(OSError, match=r"no way to worker 0 \(no.such.host.invalid:9\).*give own_"):
-        servers._own_address(Task("worker", 0, "no.such.host.invalid:9"))
+        listening.own_address(Task("worker", 0, "no.such.host.invalid:9"))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no.such.host.invalid"])
 def test_own_address_cannot_be_used(host: str) -> None:
     """Taken by another process; of another machine; of none."""
-    with listening(lambda _: None) as port:
+    with port_that(lambda _: None) as port:
         own = Task("localhost", 0, f"{host}:{port}")
         with pytest.raises(OSError, match=rf"cannot listen on {host}:{port}: .*ss -tlnp"):
-            servers.check_own(own)
+            listening.check_own(own)
 
 
 def test_who_does_not_answer_is_named_with_the_reason() -> None:
     """W4: https://github.com/tensorflow/tensorflow/issues/39922."""
     (refused,) = free_ports(1)
     with (
-        listening(lambda _: None) as frozen,
-        listening(lambda one: one.sendall(b"HTTP/1.1 400 Bad")) as other,
-        listening(lambda one: one.close()) as closing,
+        port_that(lambda _: None) as frozen,
+        port_that(lambda one: one.sendall(b"HTTP/1.1 400 Bad")) as other,
+        port_that(lambda one: one.close()) as closing,
         server_of("/job:worker/replica:0/task:0/device:CPU:0") as fine,
     ):
         ports = [refused, frozen, other, closing, fine]
@@ -142,7 +142,7 @@ def test_who_does_not_answer_is_named_with_the_reason() -> None:
         tasks.append(Task("worker", 5, "no.such.host.invalid:9"))
         start = time.monotonic()
         with pytest.raises(TimeoutError) as caught:
-            servers._wait_for(tasks, 1.0)
+            server_checks.wait_for(tasks, 1.0)
         assert time.monotonic() - start < 30
     text = str(caught.value)
     assert f"worker 0 (127.0.0.1:{refused}): calls are refused" in text
@@ -160,19 +160,19 @@ def test_who_does_not_answer_is_named_with_the_reason() -> None:
         ("/job:worker/replica:0/task:1/device:CPU:0", "/job:worker/task:1, which may belong to an"),
         ("/job:ps/replica:0/task:0/device:CPU:0", "/job:ps/task:0"),
         ("/job:chief/replica:0/task:0/device:CPU:0", "/job:chief/task:0"),
-        (f"/job:{servers.SERVES}1_2_3/replica:0/task:0/device:CPU:0", "of TensorFlow 1.2.3"),
+        (f"/job:{listening.SERVES}1_2_3/replica:0/task:0/device:CPU:0", "of TensorFlow 1.2.3"),
         ("", "no TensorFlow server"),
     ],
 )
 def test_another_cluster(names: str, received: str) -> None:
     with server_of(names) as port, pytest.raises(ValueError, match=received):
-        servers._check_server(task(port))
+        server_checks.check_server(task(port))
 
 
-@pytest.mark.parametrize("job", ["worker", servers.JOB])
+@pytest.mark.parametrize("job", ["worker", listening.JOB])
 def test_servers_that_fit(job: str) -> None:
     with server_of(f"/job:{job}/replica:0/task:0/device:CPU:0") as port:
-        servers._check_server(task(port))
+        server_checks.check_server(task(port))
 
 
 def test_what_is_not_the_connections_fault_stays_what_it_is() -> None:
@@ -208,7 +208,7 @@ def test_a_server_that_falls_silent_is_cut_off(monkeypatch: pytest.MonkeyPatch) 
         if not silent.is_set():
             one.sendall(frame)
 
-    with listening(answer) as port, listening(answer) as bystander:
+    with port_that(answer) as port, port_that(answer) as bystander:
         pulse = heartbeat.Pulse(task(port), 1, 1.5)
         pulse.start()
         try:
@@ -310,7 +310,7 @@ WRONG = {
 @pytest.mark.slow
 def test_serve_says_what_is_wrong(tmp_path: Path) -> None:
     (port,) = free_ports(1)
-    with listening(lambda _: None) as taken:
+    with port_that(lambda _: None) as taken:
         programs = {
             name: serve(
                 tmp_path,

@@ -20,7 +20,7 @@ import tensorflow as tf
 from absl import flags
 
 from parallel_keras.commands import CommandError
-from parallel_keras.workers import servers, sockets
+from parallel_keras.workers import listening, sockets
 from parallel_keras.workers.cluster import Task, is_address
 
 _ADDRESS: Final = flags.DEFINE_string(
@@ -53,13 +53,15 @@ def main() -> None:
     """Runs the server until it is told to end."""
     own = _own()
     hosts = None if _CLIENT.value is None else _hosts(_CLIENT.value)
-    servers.give_up_early()
+    listening.give_up_early()
     # It must live as long as it is to serve.
-    server = tf.distribute.Server({servers.JOB: [own.address]}, job_name=servers.JOB, task_index=0)
+    server = tf.distribute.Server(
+        {listening.JOB: [own.address]}, job_name=listening.JOB, task_index=0
+    )
     limits = _limit(own, hosts)
     names = [device.name for device in tf.config.list_physical_devices()]
     devices = ", ".join(name.removeprefix("/physical_device:") for name in names)
-    print(f"Security: {servers.SECURITY % own.address}", flush=True)
+    print(f"Security: {listening.SECURITY % own.address}", flush=True)
     print(f"Serving {devices} on {own.address} {limits}. Ctrl-C ends it.", flush=True)
     _until_ended()
     del server
@@ -67,12 +69,12 @@ def main() -> None:
 
 def _own() -> Task:
     address = _ADDRESS.value
-    if not is_address(address):
+    if address is None or not is_address(address):
         raise CommandError(
             "Expected --address=host:port, by which the other machines reach this one. "
             f"Received: address={address!r}. For example: --address=10.0.0.1:2222"
         )
-    own = Task(servers.JOB, 0, address)
+    own = Task(listening.JOB, 0, address)
     try:
         found = sockets.addresses_of(own.host)
         if any(each.is_unspecified for each in found):
@@ -81,7 +83,7 @@ def _own() -> Task:
                 "stands for all of them, so nobody can call it. Name the one that the others "
                 "use; --all_interfaces takes calls at all of them."
             )
-        servers.check_own(_anywhere(own) if _ALL_INTERFACES.value else own)
+        listening.check_own(_anywhere(own) if _ALL_INTERFACES.value else own)
     except OSError as error:
         raise CommandError(error.strerror or error) from error
     return own
@@ -92,23 +94,25 @@ def _anywhere(own: Task) -> Task:
 
 
 def _hosts(clients: list[str]) -> list[str]:
-    found = [Task("", 0, each).host if is_address(each) else each.strip("[]") for each in clients]
-    for each, host in zip(clients, found, strict=True):
-        try:
-            sockets.addresses_of(host)
-        except OSError as error:
-            raise CommandError(
-                "Expected --client to be hosts or addresses of other machines, separated by "
-                f"commas: {error.strerror or error}. Received: client={each!r}."
-            ) from error
-    return found
+    return [_host(Task("", 0, each).host if is_address(each) else each) for each in clients]
+
+
+def _host(client: str) -> str:
+    try:
+        sockets.addresses_of(client.strip("[]"))
+    except OSError as error:
+        raise CommandError(
+            "Expected --client to be hosts or addresses of other machines, separated by commas: "
+            f"{error.strerror or error}. Received: client={client!r}."
+        ) from error
+    return client.strip("[]")
 
 
 def _limit(own: Task, hosts: list[str] | None) -> str:
     """Closes the server to who is not meant; says in words whom it serves."""
     if _ALL_INTERFACES.value and hosts is None:
         return "at all addresses of this machine, to everyone"
-    if not servers.let_in(own, hosts, everywhere=_ALL_INTERFACES.value):
+    if not listening.let_in(own, hosts, everywhere=_ALL_INTERFACES.value):
         if not _ALL_INTERFACES.value:
             raise CommandError(
                 "TensorFlow listens on all network interfaces, and this system offers no way to "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from parallel_keras.keras_api.backups import TornBackup
 from parallel_keras.steps import checks
 from parallel_keras.steps.first_batch import first_batch
 from parallel_keras.steps.wrapper import Wrapper
@@ -183,8 +184,14 @@ def _with_agreement(callbacks: Any, workers: Workers) -> Any:
     if isinstance(callbacks, keras.callbacks.CallbackList):
         given = callbacks.callbacks
         given[:] = [one for one in given if workers.chief or not isinstance(one, _WRITERS)]
-        callbacks.append(Agreement(workers))
+        for one in (*_mended(given), Agreement(workers)):
+            callbacks.append(one)
         return callbacks
     given = [] if callbacks is None else keras.tree.flatten(callbacks)
     kept = [one for one in given if workers.chief or not isinstance(one, _WRITERS)]
-    return [*kept, Agreement(workers)]
+    return [*kept, *_mended(kept), Agreement(workers)]
+
+
+def _mended(callbacks: list[Any]) -> list[TornBackup]:
+    backups = [one for one in callbacks if isinstance(one, keras.callbacks.BackupAndRestore)]
+    return [TornBackup(one) for one in backups]

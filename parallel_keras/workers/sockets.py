@@ -16,6 +16,7 @@ import stat
 import struct
 import sys
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Final
 
 _FILES: Final = "/dev/fd"
@@ -60,7 +61,7 @@ def _plain(host: str) -> Address:
 def _each() -> Iterator[socket.socket]:
     """Every TCP socket of this process, by a handle of our own that is closed afterwards."""
     try:
-        names = os.listdir(_FILES)
+        names = [path.name for path in Path(_FILES).iterdir()]
     except OSError:  # Not every system shows them.
         return
     for name in names:
