@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TIMEOUT = 20
 START = 300.0  # A busy machine takes long to load TensorFlow.
 FAILED = 3
+DONE = "\nfailed\n"  # What a script says at last, not what TensorFlow says of its GPUs.
 PORT, OWN_PORT = 2222, 2223
 
 
@@ -102,7 +103,7 @@ def site(servers: int, folder: Path, more: int = 0) -> Iterator[tuple[Site, list
 
 def error_of(script: Program, since: float, longest: float) -> str:
     """What the script said at last, in time."""
-    script.wait_for("failed", longest + START)
+    script.wait_for(DONE, longest + START)
     assert script.wait(60) == FAILED
     found = re.search(r"^(\d+\.\d+) (\w+Error: .*)$", script.said, re.MULTILINE)
     assert found, script.said[-3000:]
@@ -159,7 +160,7 @@ def test_a_short_cut_is_no_fault(tmp_path: Path) -> None:
         time.sleep(TIMEOUT / 6)
         found.hosts[1].plug_in()
         script.wait_for("epoch 2 batch 5", START)
-        assert "failed" not in script.said
+        assert DONE not in script.said
 
 
 def test_servers_that_start_late_are_waited_for(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_servers_that_cannot_reach_each_other(tmp_path: Path) -> None:
         )
         text = error_of(found.run("some"), time.time(), START)
         assert "ConnectionError: The servers cannot fetch tensors from this script or from" in text
-        assert found.addresses[1] in text
+        assert any(address in text for address in found.addresses)
 
 
 _CALL = """

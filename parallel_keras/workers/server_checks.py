@@ -123,7 +123,7 @@ def check_paths(tasks: Sequence[Task], own: Task) -> None:
         raise ConnectionError(
             "The servers cannot fetch tensors from this script or from each other. Expected: every "
             f"server reaches {own.address}, and the addresses of the other servers. Received: "
-            f"{type(error).__name__}: {str(error).strip()[:500]}. Give an own_address that the "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:500]}. Give an own_address that the "
             "servers can reach, let every machine in with --client, and let the ports through the "
             "firewalls."
         ) from error

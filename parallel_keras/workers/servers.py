@@ -69,8 +69,8 @@ class Servers:
     def error(self, failures: dict[Task, str], cause: Exception | None) -> ConnectionError:
         """What to raise when servers are gone."""
         names = "; ".join(f"{task}: {reason}" for task, reason in failures.items())
-        first = str(cause).strip().splitlines()[0][:300] if str(cause).strip() else ""
-        received = f"{type(cause).__name__}: {first}" if cause else "an earlier failure"
+        said = " ".join(str(cause).split())[:300]
+        received = f"{type(cause).__name__}: {said}" if cause else "an earlier failure"
         return ConnectionError(
             f"This script cannot go on, because a server is gone: {names}. Expected: all "
             f"{len(self.tasks)} servers answer within {self.timeout:g} s. Received: {received}. "
