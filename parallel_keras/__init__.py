@@ -1,7 +1,7 @@
 """Train a Keras model on all of your devices, with the same numbers as on one.
 
-The public names are `DataParallelModel`, `multi_gpu_model`, `virtual_devices`, `explain` and
-`connect`; everything else is an implementation detail.
+The public names are `DataParallelModel`, `multi_gpu_model`, `virtual_devices`, `explain`, `verify`
+and `connect`; everything else is an implementation detail.
 """
 
 import keras
