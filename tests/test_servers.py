@@ -199,6 +199,27 @@ def test_a_server_that_was_started_anew_is_no_longer_the_same() -> None:
             found.stop()
 
 
+def test_whatever_comes_after_a_loss_names_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = tf.errors.UnavailableError(None, None, "Socket\nclosed")
+    with server_of("/job:worker/replica:0/task:0/device:CPU:0") as port:
+        found = servers.Servers([task(port)], task(1), 60)
+        found.stop()
+        monkeypatch.setattr(servers, "_connected", [found])
+        with pytest.raises(tf.errors.UnavailableError), servers.naming_faults():
+            raise error  # From elsewhere, as the server answers.
+    with (
+        pytest.raises(ConnectionError, match=r"refused.*Received: UnavailableError: Socket closed"),
+        servers.naming_faults(),
+    ):
+        raise error
+    found._pulses[0].failure = "it is frozen"
+    with (
+        pytest.raises(ConnectionError, match=r"worker 0 .*it is frozen.*Received: an earlier fail"),
+        servers.naming_faults(),
+    ):
+        raise AssertionError("This must not be reached.")
+
+
 def test_a_server_that_falls_silent_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """W2: https://github.com/tensorflow/tensorflow/issues/35878. Who waits for it is released."""
     silent = threading.Event()

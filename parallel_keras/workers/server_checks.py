@@ -120,10 +120,11 @@ def check_paths(tasks: Sequence[Task], own: Task) -> None:
     try:
         fetch(tf.constant(1.0))
     except tf.errors.OpError as error:
+        said = " ".join(str(error).split())[:500]
         raise ConnectionError(
             "The servers cannot fetch tensors from this script or from each other. Expected: every "
             f"server reaches {own.address}, and the addresses of the other servers. Received: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:500]}. Give an own_address that the "
+            f"{type(error).__name__}: {said}. Give an own_address that the "
             "servers can reach, let every machine in with --client, and let the ports through the "
             "firewalls."
         ) from error
