@@ -35,10 +35,9 @@ def check_some_numbers(devices: list[str]) -> None:
     remote_client.equals_one_device(mlp, devices, "towers")
 
 
-def train_long(devices: list[str], pause: float) -> None:
+def train_long(template: keras.Model, devices: list[str], pause: float) -> None:
     """Until it fails, or for five minutes."""
-    keras.utils.set_random_seed(7)
-    model = pk.DataParallelModel(mlp(), devices)
+    model = pk.DataParallelModel(template, devices)
     end = time.monotonic() + 300
     while time.monotonic() < end:
         train(model, [Progress(pause)])
@@ -56,8 +55,11 @@ def main() -> None:
     else:
         check_some_numbers(devices)
     print("equal", flush=True)
+    keras.utils.set_random_seed(7)
     if task in ("train", "anew"):
-        train_long(devices, 0.3)
+        train_long(mlp(), devices, 0.3)
+    elif task == "train synchronized":  # Servers exchange sums with each other.
+        train_long(remote_client.normalised(synchronized=True), devices, 0.3)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,26 @@ def test_a_server_is_gone_in_mid_epoch(fault: str, tmp_path: Path) -> None:
         assert "worker 0" not in text
 
 
+def part(one: Host, other: Host) -> None:
+    """Two hosts no longer reach each other, but all others."""
+    for here, there in ((one, other), (other, one)):
+        command = ["ip", "-n", here.name, "route", "add", "blackhole", f"{there.ip}/32"]
+        subprocess.run(command, check=True, timeout=10)
+
+
+def test_servers_lose_each_other_in_mid_epoch(tmp_path: Path) -> None:
+    """The script still reaches both, so only the servers can notice."""
+    with site(2, tmp_path) as (found, _):
+        found.serve()
+        script = found.run("train synchronized")
+        script.wait_for("epoch 1 batch 2", START)
+        since = time.time()
+        part(*found.hosts)
+        text = error_of(script, since, TIMEOUT + 10)
+        assert "ConnectionError: This script cannot go on, because a server is gone" in text
+        assert "it answers now, but its connection to this script or another server" in text
+
+
 def test_a_short_cut_is_no_fault(tmp_path: Path) -> None:
     """A cable that is plugged in again in time: training goes on."""
     with site(2, tmp_path) as (found, _):
@@ -203,11 +223,7 @@ def test_servers_that_cannot_reach_each_other(tmp_path: Path) -> None:
     with site(2, tmp_path) as (found, _):
         first, second = found.hosts
         found.serve()
-        subprocess.run(
-            ["ip", "-n", first.name, "route", "add", "blackhole", f"{second.ip}/32"],
-            check=True,
-            timeout=10,
-        )
+        part(first, second)
         text = error_of(found.run("some"), time.time(), START)
         assert "ConnectionError: The servers cannot fetch tensors from this script or from" in text
         assert any(address in text for address in found.addresses)

@@ -207,6 +207,13 @@ def test_whatever_comes_after_a_loss_names_it_too(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(servers, "_connected", [found])
         with pytest.raises(tf.errors.UnavailableError), servers.naming_faults():
             raise error  # From elsewhere, as the server answers.
+        told = "From remote target /job:worker/replica:0/task:0 while calling RecvTensor: reset"
+        broken = tf.errors.UnavailableError(None, None, told)
+        with (
+            pytest.raises(ConnectionError, match=r"worker 0 .*it answers now, but its connection"),
+            servers.naming_faults(),
+        ):
+            raise broken
     with (
         pytest.raises(ConnectionError, match=r"refused.*Received: UnavailableError: Socket closed"),
         servers.naming_faults(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -16,6 +17,8 @@ from parallel_keras.workers.cluster import Task, is_address
 _WORKER: Final = "worker"
 _SCRIPT: Final = "localhost"
 _LONGEST_CALL: Final = 5.0
+# The innermost comes first: whom another server waited for.
+_TARGET: Final = re.compile(rf"remote target /job:{_WORKER}/replica:0/task:(\d+)\b")
 _OF_THE_CONNECTION: Final = (
     tf.errors.UnavailableError,
     tf.errors.DeadlineExceededError,
@@ -64,6 +67,10 @@ class Servers:
                 reason = "it was started anew, and what it held for this script is lost"
             if reason is not None:
                 found[task] = reason
+        lost = _TARGET.search(str(error))
+        if lost and not found and isinstance(error, tf.errors.UnavailableError):
+            reason = "it answers now, but its connection to this script or another server broke"
+            found = {task: reason for task in self.tasks if task.index == int(lost[1])}
         return found
 
     def error(self, failures: dict[Task, str], cause: Exception | None) -> ConnectionError:
