@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -30,7 +31,7 @@ class TornBackup(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Goes on with the epoch that the weights are for."""
         del logs
-        steps, optimizer = self.params.get("steps"), self.model.optimizer
+        steps, optimizer = (self.params or {}).get("steps"), self.model.optimizer
         if self._backup.save_freq != "epoch" or not steps or optimizer is None:
             return
         written = _epoch_before(str(self._backup.backup_dir))
@@ -43,6 +44,19 @@ class TornBackup(keras.callbacks.Callback):
             _compat.set_initial_epoch(self.model, written + 1)
 
 
+def torn_backups(callbacks: Any) -> list[TornBackup]:
+    """A `TornBackup` for each `BackupAndRestore`, to run after it.
+
+    Args:
+        callbacks: What `fit` takes for callbacks.
+
+    Returns:
+        A list of callbacks.
+    """
+    given = keras.tree.flatten(callbacks)
+    return [TornBackup(one) for one in given if isinstance(one, keras.callbacks.BackupAndRestore)]
+
+
 def _epoch_before(folder: str) -> int | None:
     """The epoch in a backup whose weights are newer than that; `None` if they are not."""
     weights = tf.io.gfile.join(folder, "latest.weights.h5")
@@ -51,7 +65,15 @@ def _epoch_before(folder: str) -> int | None:
         return None
     if not tf.io.gfile.exists(epoch):
         return 0
-    if tf.io.gfile.stat(weights).mtime_nsec <= tf.io.gfile.stat(epoch).mtime_nsec:
+    if _written(weights) <= _written(epoch):
         return None
     with tf.io.gfile.GFile(epoch) as file:
         return int(json.load(file)["epoch"])
+
+
+def _written(path: str) -> int:
+    """When a file was written, in nanoseconds; in whole seconds where it is not on a disk."""
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError:
+        return int(tf.io.gfile.stat(path).mtime_nsec)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from parallel_keras.keras_api.backups import TornBackup
+from parallel_keras.keras_api.backups import torn_backups
 from parallel_keras.steps import checks
 from parallel_keras.steps.first_batch import first_batch
 from parallel_keras.steps.wrapper import Wrapper
@@ -41,6 +41,9 @@ class WorkerLoops(Wrapper):
             ConnectionError: If another worker, or a server, is gone or does not answer in time.
         """
         if self._cluster is None:
+            callbacks = kwargs.get("callbacks")
+            if torn := torn_backups(callbacks):
+                kwargs["callbacks"] = [*keras.tree.flatten(callbacks), *torn]
             with servers.naming_faults():
                 return super().fit(*args, **kwargs)
         arguments = _by_name(super().fit, args, kwargs)
@@ -184,14 +187,9 @@ def _with_agreement(callbacks: Any, workers: Workers) -> Any:
     if isinstance(callbacks, keras.callbacks.CallbackList):
         given = callbacks.callbacks
         given[:] = [one for one in given if workers.chief or not isinstance(one, _WRITERS)]
-        for one in (*_mended(given), Agreement(workers)):
+        for one in (*torn_backups(given), Agreement(workers)):
             callbacks.append(one)
         return callbacks
     given = [] if callbacks is None else keras.tree.flatten(callbacks)
     kept = [one for one in given if workers.chief or not isinstance(one, _WRITERS)]
-    return [*kept, *_mended(kept), Agreement(workers)]
-
-
-def _mended(callbacks: list[Any]) -> list[TornBackup]:
-    backups = [one for one in callbacks if isinstance(one, keras.callbacks.BackupAndRestore)]
-    return [TornBackup(one) for one in backups]
+    return [*kept, *torn_backups(kept), Agreement(workers)]
