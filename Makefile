@@ -91,9 +91,7 @@ format: $(VENV)/.extra-test ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
 
 clean: ## Remove .venv and all that is built or cached
-	rm -rf $(VENV) $(OLDEST) $(RAY) $(HUB) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-
-	rm -rf $(VENV) $(OLDEST) $(RAY) $(VERSIONS) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(RAY) $(HUB) $(VERSIONS) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems split ensurepip off from Python; there, the pip that is installed fills in.

@@ -17,11 +17,13 @@ from parallel_keras.model import DataParallelModel
 from parallel_keras.multi_gpu import multi_gpu_model
 from parallel_keras.verifying.verify import verify
 from parallel_keras.workers.roll_call import check_workers
+from parallel_keras.workers.servers import connect
 
 __all__ = [
     "DataParallelModel",
     "Explanation",
     "check_workers",
+    "connect",
     "explain",
     "load_multi_gpu_weights",
     "multi_gpu_model",

@@ -26,7 +26,54 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-class Process:
+class Program:
+    """A process that writes into a log.
+
+    Args:
+        command: What it runs.
+        log: Path of the log.
+        environment: Variables that it has besides those of this process.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+        self.log = log
+        ours = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        with self.log.open("w") as written:
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | ours | environment,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=written,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code."""
+        return self._process.wait(timeout)
+
+    def wait_for(self, text: str, timeout: float) -> None:
+        """Returns when the log has a text."""
+        deadline = time.monotonic() + timeout
+        while text not in self.said:
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                raise TimeoutError(f"No {text!r} in {self.log}:\n{self.said[-3000:]}")
+            time.sleep(0.05)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait(20)
+
+
+class Process(Program):
     """One worker.
 
     Args:
@@ -45,42 +92,12 @@ class Process:
         index: int,
         prefix: Sequence[str] = (),
     ) -> None:
-        folder = Path(settings["folder"])
-        self.address, self.log = addresses[index], folder / f"log_{index}.txt"
-        environment = os.environ | {
-            "TF_CONFIG": cluster.write(addresses, index),
-            "PYTHONPATH": str(ROOT),
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [*prefix, sys.executable, "-m", module, json.dumps(settings)]
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            )
-
-    def wait(self, timeout: float) -> int:
-        """Its exit code."""
-        return self._process.wait(timeout)
-
-    def wait_for(self, text: str, timeout: float) -> None:
-        """Returns when the log has a text."""
-        deadline = time.monotonic() + timeout
-        while text not in self.said:
-            if time.monotonic() > deadline or self._process.poll() is not None:
-                raise TimeoutError(f"No {text!r} from worker {self.address}:\n{self.said[-3000:]}")
-            time.sleep(0.05)
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def send(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def end(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait(20)
+        self.address = addresses[index]
+        super().__init__(
+            [*prefix, sys.executable, "-m", module, json.dumps(settings)],
+            Path(settings["folder"]) / f"log_{index}.txt",
+            {"TF_CONFIG": cluster.write(addresses, index)},
+        )
 
 
 @contextlib.contextmanager

@@ -200,8 +200,11 @@ RAISES = {
     "workers/connection.py": 2,
     "workers/exchange.py": 1,
     "workers/feeding.py": 1,
+    "workers/listening.py": 2,
     "workers/own_rows.py": 4,
     "workers/roll_call.py": 3,
+    "workers/server_checks.py": 3,
+    "workers/servers.py": 9,
 }
 
 

@@ -20,6 +20,7 @@ COMMANDS: Final[dict[str, str]] = {
     "demo": "Train on handwritten digits on one device and on all of them, and compare the two.",
     "devices": "List the devices that TensorFlow sees, and check the copies between them.",
     "explain": "Say where the time of a training step of a saved model goes.",
+    "serve": "Lend this machine's devices to a script on another machine.",
     "workers": "Run a script several times on this machine, each time as another worker.",
 }
 """Each command with the line that stands for it in the list of commands."""

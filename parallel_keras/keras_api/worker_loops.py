@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from parallel_keras.keras_api.backups import torn_backups
 from parallel_keras.steps import checks
 from parallel_keras.steps.first_batch import first_batch
 from parallel_keras.steps.wrapper import Wrapper
+from parallel_keras.workers import servers
 from parallel_keras.workers.agreement import Agreement, agree_on_seed, agree_on_state
 from parallel_keras.workers.own_rows import Feed
 
@@ -36,10 +38,14 @@ class WorkerLoops(Wrapper):
             The `History`, equal on all workers.
 
         Raises:
-            ConnectionError: If another worker is gone or does not answer in time.
+            ConnectionError: If another worker, or a server, is gone or does not answer in time.
         """
         if self._cluster is None:
-            return super().fit(*args, **kwargs)
+            callbacks = kwargs.get("callbacks")
+            if torn := torn_backups(callbacks):
+                kwargs["callbacks"] = [*keras.tree.flatten(callbacks), *torn]
+            with servers.naming_faults():
+                return super().fit(*args, **kwargs)
         arguments = _by_name(super().fit, args, kwargs)
         if self._cluster.feeds_own:
             feed = Feed(self._cluster)
@@ -60,11 +66,12 @@ class WorkerLoops(Wrapper):
             The loss and the metrics, equal on all workers.
 
         Raises:
-            ConnectionError: If another worker is gone or does not answer in time.
+            ConnectionError: If another worker, or a server, is gone or does not answer in time.
         """
         # In `fit`, Keras evaluates what was prepared when it started.
         if self._cluster is None or "_use_cached_eval_dataset" in kwargs:
-            return super().evaluate(*args, **kwargs)
+            with servers.naming_faults():
+                return super().evaluate(*args, **kwargs)
         arguments = _by_name(super().evaluate, args, kwargs)
         if self._cluster.feeds_own:
             Feed(self._cluster).evaluation(arguments)
@@ -82,10 +89,11 @@ class WorkerLoops(Wrapper):
             feeds its own.
 
         Raises:
-            ConnectionError: If another worker is gone or does not answer in time.
+            ConnectionError: If another worker, or a server, is gone or does not answer in time.
         """
         if self._cluster is None:
-            return super().predict(*args, **kwargs)
+            with servers.naming_faults():
+                return super().predict(*args, **kwargs)
         arguments = _by_name(super().predict, args, kwargs)
         if self._cluster.feeds_own:
             Feed(self._cluster).evaluation(arguments)
@@ -155,7 +163,8 @@ class WorkerLoops(Wrapper):
     def _on_batch(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cluster = self._cluster
         if cluster is None:
-            return step(*args, **kwargs)
+            with servers.naming_faults():
+                return step(*args, **kwargs)
         self._build_from(args[0] if args else kwargs["x"])
         if not self._agreed:
             agree_on_state(self, cluster)
@@ -178,8 +187,9 @@ def _with_agreement(callbacks: Any, workers: Workers) -> Any:
     if isinstance(callbacks, keras.callbacks.CallbackList):
         given = callbacks.callbacks
         given[:] = [one for one in given if workers.chief or not isinstance(one, _WRITERS)]
-        callbacks.append(Agreement(workers))
+        for one in (*torn_backups(given), Agreement(workers)):
+            callbacks.append(one)
         return callbacks
     given = [] if callbacks is None else keras.tree.flatten(callbacks)
     kept = [one for one in given if workers.chief or not isinstance(one, _WRITERS)]
-    return [*kept, Agreement(workers)]
+    return [*kept, *torn_backups(kept), Agreement(workers)]

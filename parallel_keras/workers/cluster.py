@@ -171,7 +171,7 @@ def _jobs(config: dict[str, Any], text: str | None) -> dict[str, list[str]]:
 def _check_addresses(tasks: tuple[Task, ...], text: str | None) -> None:
     taken: dict[str, Task] = {}
     for task in tasks:
-        if not _is_address(task.address):
+        if not is_address(task.address):
             raise _wrong(f"host:port as the address of {task.job} {task.index}", text)
         if task.address in taken:
             raise _wrong(
@@ -180,7 +180,8 @@ def _check_addresses(tasks: tuple[Task, ...], text: str | None) -> None:
         taken[task.address] = task
 
 
-def _is_address(address: Any) -> bool:
+def is_address(address: Any) -> bool:
+    """Returns whether something is a string `"host:port"`."""
     if not isinstance(address, str):
         return False
     host, _, port = address.rpartition(":")
