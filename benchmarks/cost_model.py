@@ -100,7 +100,10 @@ def step(compute: float, exchange: Exchange, links: Links, hidden: float = 0.0) 
         links: What it moves over.
         hidden: Seconds of the towers while which gradients may already move.
 
-    >>> step(1.0, spread(100.0, 0, 2), Links(50.0)), step(1.0, spread(100.0, 0, 2), Links(50.0), 0.5)
+    >>> (
+    ...     step(1.0, spread(100.0, 0, 2), Links(50.0)),
+    ...     step(1.0, spread(100.0, 0, 2), Links(50.0), 0.5),
+    ... )
     (3.0, 2.5)
     """
     out, back = (phase.seconds(links) for phase in exchange)

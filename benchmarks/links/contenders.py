@@ -109,9 +109,7 @@ class RingLoop:
             loss = self._model.compute_loss(
                 self._x, self._y, self._model(self._x, training=True), training=True
             )
-        gradients = [
-            tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, variables)
-        ]
+        gradients = [tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, variables)]
         context = tf.distribute.get_replica_context()
         total = context.all_reduce(tf.distribute.ReduceOp.MEAN, gradients)
         for variable, gradient in zip(variables, total, strict=True):

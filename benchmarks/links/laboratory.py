@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,6 +79,8 @@ def measure(runs: Sequence[Run] = FULL) -> dict[str, Any]:
         NoLaboratory: If this machine can make no links.
     """
     namespaces.check()
+    # Namespaces outlive the process that made them, so one that is asked to end must remove them.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     done = []
     for run in runs:
         logging.info("links: %s", run)

@@ -98,8 +98,6 @@ MODELS = {
         _transformer,
         "sparse_categorical_crossentropy",
         lambda towers: towers,
-        lambda random, rows: tuple(
-            random.integers(0, WORDS, (2, rows, TOKENS)).astype("int32")
-        ),
+        lambda random, rows: tuple(random.integers(0, WORDS, (2, rows, TOKENS)).astype("int32")),
     ),
 }

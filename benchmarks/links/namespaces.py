@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-# All that this module makes starts so, then comes the number of the process that made it.
+# All that this module makes starts so, then comes the id of the process that made it.
 PREFIX = "pkl"
 _CLONE_NEWNET = 0x40000000
 # The longest that a packet waits in the queue of a link, and how much may pass at once. Smaller
@@ -155,7 +155,7 @@ def remove_leftovers() -> None:
 
 
 def maker(name: str) -> int:
-    """The number of the process that made a link or namespace of this name.
+    """The id of the process that made a link or namespace of this name.
 
     >>> maker("pkl4711v3")
     4711

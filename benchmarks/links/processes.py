@@ -8,9 +8,11 @@ anything that a fork would break.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,7 @@ CONTENDERS = "benchmarks.links.contenders"
 # Of the longest step that is measured here, and of the first one, that is many times enough.
 PATIENCE = 400.0
 _LAST_LINES = 25
+_PR_SET_PDEATHSIG = 1
 
 
 class ProcessFailed(Exception):  # noqa: N818 (it is what happened)
@@ -126,6 +129,7 @@ def ask_all(processes: Sequence[Process], command: str, number: int = 0) -> list
 def _main(
     namespace: str, role: str, spec: dict[str, Any], log: str, pipe: connection.Connection
 ) -> None:
+    _end_with_parent()
     namespaces.enter(namespace)
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
@@ -138,7 +142,15 @@ def _main(
             pipe.send(commands[command](number))
     except EOFError:
         pass
-    except BaseException:
+    except Exception:  # noqa: BLE001 (the laboratory says what it was)
         with contextlib.suppress(BrokenPipeError):
             pipe.send({"failure": traceback.format_exc()})
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """Has the kernel end this process when the one that it was forked from is gone.
+
+    That one ends with the laboratory; a process that waits for others would not notice.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
