@@ -28,8 +28,7 @@ from absl import app, flags, logging
 import parallel_keras as pk
 from benchmarks import judge, speed, start, tables
 from benchmarks.frameworks import race
-from benchmarks.links import laboratory
-from benchmarks.links.namespaces import NoLaboratory
+from benchmarks.links import laboratory, namespaces
 from benchmarks.settings import FULL, QUICK, Settings
 from parallel_keras import hardware
 
@@ -116,12 +115,17 @@ def asked_for(arguments: Sequence[str], *, quick: bool, gpus: bool) -> list[str]
         raise app.UsageError(f"No such section: {unknown}. There are {list(SECTIONS)}.")
     if arguments or quick or gpus:
         return list(arguments) or ["core"]
+    able = ["core"]
     try:
-        laboratory.namespaces.check()
-    except NoLaboratory as reason:
+        namespaces.check()
+        able.append("links")
+    except namespaces.NoLaboratory as reason:
         logging.warning("links are left out: %s", reason)
-        return [name for name in SECTIONS if name != "links"]
-    return list(SECTIONS)
+    if race.missing():
+        logging.warning("frameworks are left out; make bench-frameworks measures them")
+    else:
+        able.append("frameworks")
+    return able
 
 
 def merged(old: judge.Results, new: judge.Results) -> judge.Results:
@@ -169,7 +173,7 @@ def main(argv: list[str]) -> None:
         sections = asked_for(argv[1:], quick=quick, gpus=gpus)
         try:
             found = measure(sections, QUICK if quick else FULL)
-        except NoLaboratory as reason:
+        except namespaces.NoLaboratory as reason:
             sys.exit(str(reason))
         results = merged(results, {**found, "machine": machine()})
         path.write_text(json.dumps(results, indent=1) + "\n")

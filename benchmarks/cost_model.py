@@ -81,14 +81,19 @@ def spread(size: float, messages: float, devices: int) -> Exchange:
     return phase, phase
 
 
-def ring(size: float, devices: int) -> Exchange:
+def ring(size: float, devices: int, vectors: int = 1) -> Exchange:
     """All devices have all weights, and add up gradients in a ring: in twice N - 1 rounds.
+
+    Args:
+        size: Bytes of the weights.
+        devices: How many.
+        vectors: In how many pieces the gradients go around, each in rounds of its own.
 
     >>> ring(100.0, 4)[1]
     Phase(busiest=150.0, total=600.0, messages=6)
     """
     rounds = 2 * (devices - 1)
-    return NOTHING, Phase(rounds / devices * size, rounds * size, rounds)
+    return NOTHING, Phase(rounds / devices * size, rounds * size, rounds * vectors)
 
 
 def step(compute: float, exchange: Exchange, links: Links, hidden: float = 0.0) -> float:

@@ -160,10 +160,9 @@ def of_gpus(table: Callable[[], str]) -> Callable[[Results], str]:
     def text_of(results: Results) -> str:
         if links.trusted(results):
             return table()
-        return (
-            f"The model is not within {WITHIN:.0%} of the steps that were measured behind links, "
-            "so it says nothing of GPUs."
-        )
+        known = bool(links.runs(results))
+        reason = f"is not within {WITHIN:.0%} of" if known else "was not held against"
+        return f"The model {reason} the steps measured behind links, so it says nothing of GPUs."
 
     return text_of
 
@@ -214,9 +213,15 @@ def fill(document: str, results: Results, plots: str) -> str:
         name, _, rest = piece.partition(" -->")
         _, _, after = rest.partition("<!-- /bench -->")
         plot = name.removeprefix("plot-")
-        body = f"![{PLOTS[plot]}]({plots}/{plot}.svg)" if plot != name else SECTIONS[name](results)
+        body = SECTIONS[name](results) if plot == name else _picture(plot, results, plots)
         done.append(f"<!-- bench:{name} -->\n\n{body}\n\n<!-- /bench -->{after}")
     return "".join(done)
+
+
+def _picture(plot: str, results: Results, plots: str) -> str:
+    if plot == "links" and not links.runs(results):
+        return "Not measured."
+    return f"![{PLOTS[plot]}]({plots}/{plot}.svg)"
 
 
 def fill_documents(root: Path, results: Results) -> None:

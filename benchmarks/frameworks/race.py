@@ -36,8 +36,8 @@ def pythons() -> dict[str, str]:
 
 
 def missing() -> list[str]:
-    """What to run so that no framework is left out."""
-    return [f"make .venv-{name}" for name in ENVIRONMENTS if name not in pythons()]
+    """The frameworks that are not installed."""
+    return [name for name in ENVIRONMENTS if name not in pythons()]
 
 
 def measure(rounds: int = 3, seconds: float = 0.8) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def measure(rounds: int = 3, seconds: float = 0.8) -> dict[str, Any]:
         A dict from workload to contender to `first`, the seconds of the first step, and `seconds`
         and `cpu` as `take_turns` returns them.
     """
-    for command in missing():
-        logging.warning("frameworks: one is left out; %s sets it up", command)
+    for name in missing():
+        logging.warning("frameworks: %s is left out; make bench-frameworks installs it", name)
     return {workload: _measure(workload, rounds, seconds) for workload in WORKLOADS}
 
 

@@ -6,6 +6,7 @@ Started with a JSON spec. Reads `train 10` from its input, and writes one line o
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -52,7 +53,7 @@ def serve(train: Train, started: float, lines: Iterable[str], out: TextIO) -> No
         cpu = time.process_time()
         ends = train(int(steps) + 1)
         spent = (time.process_time() - cpu) / len(ends)
-        seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+        seconds = [after - before for before, after in itertools.pairwise(ends)]
         _write({"seconds": seconds, "cpu": spent}, out)
 
 

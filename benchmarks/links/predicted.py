@@ -66,6 +66,8 @@ def exchange(run: Run) -> Exchange:
         return cost_model.one_place(size, tensors, devices)
     if run["contender"] == "spread":
         return cost_model.spread(size, tensors, devices)
+    if run["contender"] == "ring":
+        return cost_model.ring(size, devices, tensors)
     # Our workers add up one vector, which holds more than the gradients.
     return cost_model.ring(run.get("vector") or size, devices)
 

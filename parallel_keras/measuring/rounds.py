@@ -36,9 +36,7 @@ class Worker:
         python: The Python that runs it. Defaults to this one.
     """
 
-    def __init__(
-        self, module: str, spec: Mapping[str, Any], python: str = sys.executable
-    ) -> None:
+    def __init__(self, module: str, spec: Mapping[str, Any], python: str = sys.executable) -> None:
         # Not a pipe, which nobody would empty while the process works.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in stop())
         self._process = subprocess.Popen(
