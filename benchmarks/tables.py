@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost_model
+from benchmarks import cost_model, gpus
 from benchmarks.frameworks import report as frameworks
 from benchmarks.judge import Results, beside_mirrored, growth, rows, speed_up, text
 from benchmarks.links import report as links
@@ -182,9 +182,9 @@ SECTIONS = {
     "links-bytes": lambda results: markdown(*links.sizes(results)),
     "frameworks-about": when("frameworks"),
     "frameworks": lambda results: markdown(*frameworks.table(results)),
-    "cost-model-devices": of_gpus(cost_model.by_devices),
-    "cost-model-batches": of_gpus(cost_model.by_batch),
-    "cost-model-workers": of_gpus(cost_model.by_workers),
+    "cost-model-devices": of_gpus(gpus.by_devices),
+    "cost-model-batches": of_gpus(gpus.by_batch),
+    "cost-model-workers": of_gpus(gpus.by_workers),
 }
 PLOTS = {
     "speed-up": "Times as fast as the bare model on one core, for each number of towers",

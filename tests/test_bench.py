@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from benchmarks import cost_model, judge, tables
+from benchmarks import gpus, judge, tables
 from benchmarks.names import ABOUT, ALONE, MERGE, NOTHING, PHASES, SIDE_BY_SIDE, UPDATE
 from parallel_keras.commands import bench
 from parallel_keras.measuring import rounds, subject
@@ -356,24 +356,24 @@ def test_phases_of_a_trace() -> None:
     assert set(spent) == set(PHASES)
 
 
-def machine(**wanted: Any) -> cost_model.Machine:
+def machine(**wanted: Any) -> gpus.Machine:
     """The first machine of the cost model with these attributes."""
     return next(
         machine
-        for machine in cost_model.MACHINES
+        for machine in gpus.MACHINES
         if all(getattr(machine, name) == value for name, value in wanted.items())
     )
 
 
 def test_the_cost_model_by_hand() -> None:
     """25 GB of weights, which take a second over PCIe; messages then count for nothing."""
-    network = cost_model.Network("", 25e9 / 4, large=0, flops=cost_model.FLOPS, batch=1)
+    network = gpus.Network("", 25e9 / 4, large=0, flops=gpus.FLOPS, batch=1)
     memory = 25 / 1400
     on_cpu, on_gpu = machine(weights="cpu"), machine(weights="gpu")
     spread, overlap = machine(weights="spread"), machine(weights="spread", overlap=True)
     ring = machine(weights="ring")
     found = {
-        each.name: cost_model.step_on(network, each, 2, 1) - 1
+        each.name: gpus.step_on(network, each, 2, 1) - 1
         for each in (on_cpu, on_gpu, spread, overlap, ring)
     }
     # To each GPU over its own link; there and back; added up and updated by the CPU.
@@ -389,23 +389,23 @@ def test_the_cost_model_by_hand() -> None:
 
 
 def test_one_gpu_is_the_bare_model() -> None:
-    for network in cost_model.NETWORKS:
-        for each in cost_model.MACHINES:
+    for network in gpus.NETWORKS:
+        for each in gpus.MACHINES:
             if each.weights != "cpu":
-                assert cost_model.speed_up(network, each, 1, 1) == 1.0
+                assert gpus.speed_up(network, each, 1, 1) == 1.0
 
 
 def test_messages_take_time() -> None:
-    few, many = (cost_model.Network("", 1e6, large, 1e9, 1) for large in (10, 1000))
+    few, many = (gpus.Network("", 1e6, large, 1e9, 1) for large in (10, 1000))
     each = machine(weights="spread")
-    apart = cost_model.step_on(many, each, 4, 1) - cost_model.step_on(few, each, 4, 1)
+    apart = gpus.step_on(many, each, 4, 1) - gpus.step_on(few, each, 4, 1)
     # Out and back, three quarters of the tensors for each device.
-    assert apart == pytest.approx(2 * 0.75 * 990 * cost_model.MESSAGE)
+    assert apart == pytest.approx(2 * 0.75 * 990 * gpus.MESSAGE)
 
 
 def test_the_cost_model_gains_with_the_batch_and_never_more_than_devices() -> None:
-    for network in cost_model.NETWORKS:
-        for each in cost_model.MACHINES:
-            gains = [cost_model.speed_up(network, each, 8, rows) for rows in (1, 16, 256, 4096)]
+    for network in gpus.NETWORKS:
+        for each in gpus.MACHINES:
+            gains = [gpus.speed_up(network, each, 8, rows) for rows in (1, 16, 256, 4096)]
             assert gains == sorted(gains)
             assert gains[-1] <= 8
