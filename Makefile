@@ -11,6 +11,12 @@ OLDEST_VERSIONS := tensorflow==2.16.2 keras==3.8.0
 RAY := .venv-ray
 # KerasHub brings TensorFlow Text, and only the tests in tests/hub need it.
 HUB := .venv-hub
+# What is measured beside this library, each with Keras alone: PyTorch for CPUs takes 1.1 GB, that
+# for GPUs several. Its version is held, so that figures of two runs can be compared.
+JAX := .venv-jax
+TORCH := .venv-torch
+# CPU or GPU: what make bench puts its towers on.
+DEVICES ?= CPU
 # Two processes; a file's tests share what is costly to start, so they stay in one.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 VERSIONS := .venv-versions
@@ -26,10 +32,11 @@ PRIVATE := $(PRIVATE)|(get|set|has|del)attr\([^,()]+, *["']_[a-z]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-oldest test-versions test-ray test-hub dist bench bench-quick bench-render check lint types doctest docs private format clean
+.PHONY: help demo test test-all test-oldest test-versions test-ray test-hub test-gpu dist bench \
+  bench-quick bench-links bench-frameworks bench-render check lint types doctest docs private format clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.extra-demo ## Train on digits on one device and on all; writes digits.keras, demo.png
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m parallel_keras demo
@@ -58,11 +65,20 @@ dist: $(VENV)/.extra-dist $(VENV)/.extra-test ## Build wheel and sdist into dist
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m tools.check_dist
 
-bench: $(VENV)/.extra-bench ## Measure everything beside its peers (15 minutes, quiet machine)
-	$(BIN)/python -m benchmarks
+test-gpu: $(VENV)/.extra-test ## Run the tests on four logical GPUs, split from the first card
+	PARALLEL_KERAS_TEST_DEVICES=GPU $(BIN)/python -m pytest
+
+bench: $(VENV)/.extra-bench ## Measure everything beside its peers (half an hour, quiet machine); DEVICES=GPU
+	$(BIN)/python -m benchmarks --devices=$(DEVICES)
 
 bench-quick: $(VENV)/.extra-bench ## Measure less, in under 3 minutes; documents stay as they are
-	$(BIN)/python -m benchmarks --quick
+	$(BIN)/python -m benchmarks --quick --devices=$(DEVICES)
+
+bench-links: $(VENV)/.extra-bench ## Measure devices behind links of a chosen speed (8 minutes, root)
+	$(BIN)/python -m benchmarks links
+
+bench-frameworks: $(VENV)/.extra-bench $(JAX)/.installed $(TORCH)/.installed ## Measure beside JAX and PyTorch (8 minutes)
+	$(BIN)/python -m benchmarks frameworks
 
 bench-render: $(VENV)/.extra-bench ## Make plots and tables of benchmarks/results.json anew
 	$(BIN)/python -m benchmarks --render
@@ -91,7 +107,7 @@ format: $(VENV)/.extra-test ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
 
 clean: ## Remove .venv and all that is built or cached
-	rm -rf $(VENV) $(OLDEST) $(RAY) $(HUB) $(VERSIONS) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(RAY) $(HUB) $(VERSIONS) $(JAX) $(TORCH) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems split ensurepip off from Python; there, the pip that is installed fills in.
@@ -118,6 +134,16 @@ $(RAY)/.installed: setup.cfg setup.py
 $(HUB)/.installed: setup.cfg setup.py
 	$(PYTHON) -m venv $(HUB)
 	$(HUB)/bin/python -m pip install --quiet --editable '.[hub,test]'
+	touch $@
+
+$(JAX)/.installed:
+	$(PYTHON) -m venv $(JAX)
+	$(JAX)/bin/python -m pip install --quiet jax keras
+	touch $@
+
+$(TORCH)/.installed:
+	$(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install --quiet 'torch==2.13.*' keras
 	touch $@
 
 .NOTPARALLEL:

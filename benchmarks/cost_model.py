@@ -1,137 +1,112 @@
-"""A model of a training step on GPUs that nobody here has: what moves, and how long it takes.
+"""A model of a training step: what moves over which link, and how long that takes.
 
-Run as `python -m benchmarks.cost_model`; prints Markdown tables. No figure of it was measured on a
-GPU. A step is the sum of what cannot overlap in this library: weights go to every device, towers
-run, gradients come back and are added up, the optimizer updates the weights. Assumptions and
-sources are in docs/scaling.md.
+A step is: weights go to the towers, towers compute, gradients come back, the weights are updated.
+The same functions predict the steps of the laboratory (`benchmarks/links`), where they are held
+against what was measured, and those of GPUs that nobody here has (`benchmarks/gpus.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-
-GB = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """What matters of a model.
+class Links:
+    """What joins devices: one link each, both directions at the same time.
 
     Attributes:
-        name: String.
-        parameters: How many weights.
-        flops: Floating point operations to train on one row: three times those of a prediction.
-        batch: Rows on one device.
+        rate: Bytes a second of a link in each direction.
+        together: Bytes a second that all links carry together.
+        latency: Seconds that a message takes beside its bytes.
     """
 
-    name: str
-    parameters: float
-    flops: float
-    batch: int
-
-    @property
-    def bytes(self) -> float:
-        """The weights in float32, and so the gradients."""
-        return 4 * self.parameters
+    rate: float
+    together: float = float("inf")
+    latency: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
-    """Where weights live, where gradients are merged, and what joins the devices.
+class Phase:
+    """Bytes that move at the same time.
 
     Attributes:
-        name: String.
-        weights: `"gpu"`, the first one, or `"cpu"`.
-        merge: `"gpu"`, the first one, or `"cpu"`.
-        peers: Bytes a second from one GPU to others or back, through its own link.
+        busiest: Bytes over the busiest link, in its busier direction.
+        total: Bytes over all links.
+        messages: How many of them the busiest device sends or receives.
     """
 
-    name: str
-    weights: str
-    merge: str
-    peers: float
+    busiest: float
+    total: float
+    messages: float
+
+    def seconds(self, links: Links) -> float:
+        """How long it takes.
+
+        >>> Phase(100.0, 300.0, 2.0).seconds(Links(rate=50.0, together=100.0, latency=0.5))
+        4.0
+        """
+        moving = max(self.busiest / links.rate, self.total / links.together)
+        return moving + self.messages * links.latency
 
 
-# One multiplication and addition are two operations; a step is three predictions.
-NETWORKS = (
-    Network("ResNet50 224x224", 25.6e6, 3 * 2 * 3.9e9, 64),
-    Network("Xception 299x299", 22.9e6, 3 * 2 * 8.4e9, 64),
-    Network("BERT-base, 128 tokens", 110e6, 6 * 110e6 * 128, 64),
-)
-# An A100 does 312e12 operations a second at most; well-kept programs reach about a third.
-FLOPS = 0.35 * 312e12
-PCIE = 25 * GB  # of the 32 GB/s of PCIe 4 x16 in one direction
-NVLINK = 250 * GB  # of the 300 GB/s of NVLink 3 in one direction
-HOST = 100 * GB  # that all PCIe links of a host carry together
-CPU_MEMORY, GPU_MEMORY = 50 * GB, 1400 * GB  # with which each works through its own memory
-MACHINES = (
-    Machine("merge on CPU, PCIe 4", "gpu", "cpu", PCIE),
-    Machine("merge and weights on CPU, PCIe 4", "cpu", "cpu", PCIE),
-    Machine("merge on GPU, PCIe 4", "gpu", "gpu", PCIE),
-    Machine("merge on GPU, NVLink 3", "gpu", "gpu", NVLINK),
-)
-# Adam reads gradient, weight and two slots, and writes three of them.
-UPDATE_PASSES = 7
-NETWORK = 100e9 / 8
-DEVICES = (1, 2, 4, 8)
-WORKERS = (1, 2, 8, 64)
+# What goes out before the towers compute, and what comes back.
+Exchange = tuple[Phase, Phase]
+NOTHING = Phase(0.0, 0.0, 0.0)
 
 
-def host_transfer(size: float, devices: int) -> float:
-    """Seconds to copy so many bytes between the host and each of the devices, in one direction.
+def one_place(size: float, messages: float, receivers: int) -> Exchange:
+    """Weights in one place, which sends them to so many devices and gets their gradients.
 
-    >>> host_transfer(PCIE, 1), host_transfer(PCIE, 8)
-    (1.0, 2.0)
+    >>> one_place(100.0, 5, 4)[0]
+    Phase(busiest=400.0, total=400.0, messages=20)
     """
-    return max(size / PCIE, devices * size / HOST)
+    phase = Phase(receivers * size, receivers * size, receivers * messages)
+    return phase, phase
 
 
-def exchange(network: Network, machine: Machine, devices: int) -> float:
-    """Seconds to hand out weights, bring gradients together and update, of one step."""
-    size, others = network.bytes, devices - 1
-    out = (
-        host_transfer(size, devices) if machine.weights == "cpu" else others * size / machine.peers
-    )
-    update = UPDATE_PASSES * size / (CPU_MEMORY if machine.weights == "cpu" else GPU_MEMORY)
-    if devices == 1:
-        return out * 2 + update  # nothing to merge, but gradients go where the weights are
-    if machine.merge == "gpu":
-        return out + others * size / machine.peers + (devices + 1) * size / GPU_MEMORY + update
-    back = 0.0 if machine.weights == "cpu" else size / PCIE
-    summing = (devices + 1) * size / CPU_MEMORY
-    return out + host_transfer(size, devices) + summing + back + update
+def spread(size: float, messages: float, devices: int) -> Exchange:
+    """Each device has its share of the weights, sends it to the others and gets its gradients.
 
-
-def step(network: Network, machine: Machine, devices: int, batch: int) -> float:
-    """Seconds of a training step of so many rows on each device."""
-    return batch * network.flops / FLOPS + exchange(network, machine, devices)
-
-
-def bare_step(network: Network, batch: int) -> float:
-    """Seconds of a step of the bare model on one GPU."""
-    return batch * network.flops / FLOPS + UPDATE_PASSES * network.bytes / GPU_MEMORY
-
-
-def speed_up(network: Network, machine: Machine, devices: int, batch: int) -> float:
-    """How many times as many rows a second as the bare model, with `batch` rows on each device."""
-    return devices * bare_step(network, batch) / step(network, machine, devices, batch)
-
-
-def all_reduce(size: float, workers: int, bandwidth: float = NETWORK) -> float:
-    """Seconds of a ring all-reduce over machines.
-
-    >>> all_reduce(100.0, 1, 10.0), all_reduce(100.0, 2, 10.0), all_reduce(100.0, 4, 10.0)
-    (0.0, 10.0, 15.0)
+    >>> spread(100.0, 8, 4)[0]
+    Phase(busiest=75.0, total=300.0, messages=6.0)
     """
-    return 2 * size * (workers - 1) / workers / bandwidth
+    share = (devices - 1) / devices
+    phase = Phase(share * size, (devices - 1) * size, share * messages)
+    return phase, phase
 
 
-def workers_speed_up(network: Network, machine: Machine, workers: int, batch: int) -> float:
-    """The same over machines with 8 devices each."""
-    alone = step(network, machine, 8, batch)
-    time = alone + all_reduce(network.bytes, workers)
-    return 8 * workers * bare_step(network, batch) / time
+def ring(size: float, devices: int, vectors: int = 1) -> Exchange:
+    """All devices have all weights, and add up gradients in a ring: in twice N - 1 rounds.
+
+    Args:
+        size: Bytes of the weights.
+        devices: How many.
+        vectors: In how many pieces the gradients go around, each in rounds of its own.
+
+    >>> ring(100.0, 4)[1]
+    Phase(busiest=150.0, total=600.0, messages=6)
+    """
+    rounds = 2 * (devices - 1)
+    return NOTHING, Phase(rounds / devices * size, rounds * size, rounds * vectors)
+
+
+def step(compute: float, exchange: Exchange, links: Links, hidden: float = 0.0) -> float:
+    """Seconds of a step.
+
+    Args:
+        compute: Seconds of the towers and the update.
+        exchange: What moves before and after the towers.
+        links: What it moves over.
+        hidden: Seconds of the towers while which gradients may already move.
+
+    >>> (
+    ...     step(1.0, spread(100.0, 0, 2), Links(50.0)),
+    ...     step(1.0, spread(100.0, 0, 2), Links(50.0), 0.5),
+    ... )
+    (3.0, 2.5)
+    """
+    out, back = (phase.seconds(links) for phase in exchange)
+    return compute + out + max(back - hidden, 0.0)
 
 
 def two_cores(bare: float, update: float) -> float:
@@ -147,44 +122,3 @@ def two_cores(bare: float, update: float) -> float:
     (2.0, 1.67)
     """
     return bare / ((bare - update) / 2 + update)
-
-
-def by_devices() -> str:
-    """The speed-up for each number of devices, as Markdown."""
-    lines = ["| model | devices | " + " | ".join(m.name for m in MACHINES) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(MACHINES))
-    for network in NETWORKS:
-        for devices in DEVICES:
-            cells = [_cell(speed_up(network, m, devices, network.batch)) for m in MACHINES]
-            lines.append(f"| {network.name} | {devices} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def by_batch(batches: Sequence[int] = (16, 64, 256)) -> str:
-    """The speed-up on 8 devices for small and large batches, as Markdown."""
-    lines = ["| model, 8 devices | rows on each | " + " | ".join(m.name for m in MACHINES) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(MACHINES))
-    for network in NETWORKS:
-        for batch in batches:
-            cells = [_cell(speed_up(network, m, 8, batch)) for m in MACHINES]
-            lines.append(f"| {network.name} | {batch} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def by_workers() -> str:
-    """The speed-up over machines of 8 GPUs, as Markdown."""
-    machine = MACHINES[-1]
-    lines = [f"| model, {machine.name} | " + " | ".join(f"{8 * w} GPUs" for w in WORKERS) + " |"]
-    lines.append("|---|" + "---:|" * len(WORKERS))
-    for network in NETWORKS:
-        cells = [_cell(workers_speed_up(network, machine, w, network.batch)) for w in WORKERS]
-        lines.append(f"| {network.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
-
-
-if __name__ == "__main__":
-    print(by_devices(), by_batch(), by_workers(), sep="\n\n")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from typing import Any
 
+from benchmarks.frameworks import report as frameworks
+from benchmarks.links import report as links
 from benchmarks.names import ABOUT, BESIDE_MIRRORED, SPEED_UP_OF
+from benchmarks.row import Row, not_measured
 from parallel_keras.measuring.clock import Spread, ratios
 
 Results = dict[str, Any]
@@ -17,28 +19,6 @@ OVERHEAD_BAR, START_BAR, MEMORY_BAR, TRACES_BAR, GROWTH_BAR = 1.03, 1.5, 0.4, 2,
 # Sparse gradients of the embedding and the batch itself grow with the tokens, a little.
 PER_OUTPUT_BYTE_BAR = 0.05
 WARM_UP = 10  # epochs or cycles before memory must stay
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of the table.
-
-    Attributes:
-        measure: What was measured.
-        figure: The figures, as text.
-        bar: What is to be reached, as text.
-        passed: Whether it was; `None` if it was not measured or is not judged.
-    """
-
-    measure: str
-    figure: str
-    bar: str
-    passed: bool | None
-
-    @property
-    def verdict(self) -> str:
-        """`pass` or `short`; a dash if nothing was to be reached or measured."""
-        return {True: "pass", False: "short", None: "-"}[self.passed]
 
 
 def rows(results: Results) -> list[Row]:
@@ -59,6 +39,8 @@ def rows(results: Results) -> list[Row]:
         _traces(results),
         _growth(results, "epochs", "Memory after more epochs of fit, evaluate and predict"),
         _growth(results, "wraps", "Memory after more cycles of wrapping and training"),
+        *links.rows(results),
+        *frameworks.rows(results),
     ]
 
 
@@ -77,7 +59,7 @@ def limit(results: Results, workload: str, command: str) -> Spread | None:
 
 def beside_mirrored(results: Results, workload: str) -> Spread | None:
     """How many times faster than MirroredStrategy on two devices, `None` if not measured."""
-    measured = results["speed"].get(workload, {}).get("train", {})
+    measured = results.get("speed", {}).get(workload, {}).get("train", {})
     if "mirrored-2" not in measured:
         return None
     return ratios(measured["mirrored-2"]["seconds"], measured["ours-2"]["seconds"])
@@ -98,13 +80,9 @@ def text(spread: Spread) -> str:
 
 
 def _over_bare(results: Results, workload: str, command: str, name: str) -> Spread | None:
-    measured = results["speed"].get(workload, {}).get(command, {})
+    measured = results.get("speed", {}).get(workload, {}).get(command, {})
     other, bare = measured.get(name), measured.get("bare-1")
     return ratios(bare["seconds"], other["seconds"]) if other and bare else None
-
-
-def _not_measured(measure: str, bar: str) -> Row:
-    return Row(measure, "not measured", bar, None)
 
 
 def _speed_up(results: Results, command: str, workload: str, bar: float | None) -> Row:
@@ -113,7 +91,7 @@ def _speed_up(results: Results, command: str, workload: str, bar: float | None) 
     wanted = "" if bar is None else f">= {bar}"
     spread = speed_up(results, workload, command, 2)
     if spread is None:
-        return _not_measured(measure, wanted)
+        return not_measured(measure, wanted)
     return Row(measure, text(spread), wanted, None if bar is None else spread.median >= bar)
 
 
@@ -128,7 +106,7 @@ def _beside_mirrored(results: Results, workload: str) -> Row:
     measure = f"Training beside MirroredStrategy on 2 devices: {ABOUT[workload]}"
     spread = beside_mirrored(results, workload)
     if spread is None:
-        return _not_measured(measure, ">= 1")
+        return not_measured(measure, ">= 1")
     return Row(measure, text(spread), ">= 1", spread.median >= 1)
 
 
@@ -147,7 +125,7 @@ def _overhead(results: Results) -> Row:
     measure = f"Step of the wrapper on one device beside the bare model: {ABOUT['tiny']}"
     bar = f"<= {OVERHEAD_BAR}"
     if not results.get("overhead"):
-        return _not_measured(measure, bar)
+        return not_measured(measure, bar)
     spread = ratios(results["overhead"]["ours"], results["overhead"]["bare"])
     figure = f"{spread.median:.3f} ({spread.low:.3f}-{spread.high:.3f})"
     return Row(measure, figure, bar, spread.median <= OVERHEAD_BAR)
@@ -157,7 +135,7 @@ def _start(results: Results, what: str, measure: str) -> Row:
     bar, base = (START_BAR, "bare-1") if what == "first" else (MEMORY_BAR, "mirrored-8")
     start = results.get("start") or {}
     if not {"ours-8", base} <= set(start):
-        return _not_measured(measure, f"<= {bar}")
+        return not_measured(measure, f"<= {bar}")
     spread = ratios(start["ours-8"][what], start[base][what])
     return Row(measure, text(spread), f"<= {bar}", spread.median <= bar)
 
@@ -166,7 +144,7 @@ def _large_outputs(results: Results) -> Row:
     measure = "Bytes over the merge device, from the traced graph, for each further byte of outputs"
     bar = f"<= {PER_OUTPUT_BYTE_BAR}, weights twice a tower at most"
     if not results.get("graph"):
-        return _not_measured(measure, bar)
+        return not_measured(measure, bar)
     every = results["graph"]["bytes"]["auto"]
     most = max(size["words"] for size in every)
     least, *_, largest = sorted(
@@ -183,7 +161,7 @@ def _large_outputs(results: Results) -> Row:
 def _traces(results: Results) -> Row:
     measure = "Traces in one fit with a smaller last batch: train step, template"
     if not results.get("graph"):
-        return _not_measured(measure, f"<= {TRACES_BAR}")
+        return not_measured(measure, f"<= {TRACES_BAR}")
     step, template = (results["graph"]["traces"][name] for name in ("step", "template"))
     passed = max(step, template) <= TRACES_BAR
     return Row(measure, f"{step}, {template}", f"<= {TRACES_BAR}", passed)
@@ -193,6 +171,6 @@ def _growth(results: Results, what: str, measure: str) -> Row:
     bar = f"<= +{GROWTH_BAR:.0%}"
     steady = results.get("steady") or {}
     if not steady:
-        return _not_measured(measure, bar)
+        return not_measured(measure, bar)
     ours, bare = (growth(steady[peer][what]) for peer in ("ours", "bare"))
     return Row(measure, f"{ours:+.1%} (bare model: {bare:+.1%})", bar, ours <= GROWTH_BAR)

@@ -9,6 +9,7 @@ import matplotlib as mpl
 from matplotlib import figure
 
 from benchmarks.judge import Results, speed_up
+from benchmarks.links import plot as links
 from benchmarks.names import ABOUT, PHASES
 from parallel_keras.measuring.clock import Spread
 
@@ -25,7 +26,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawings = {"speed-up": _speed_up, "first-step": _first_step, "memory": _memory}
-    drawings["phases"] = _phases
+    drawings |= {"phases": _phases, "links": links.draw}
     written = []
     for name, do in drawings.items():
         drawing = figure.Figure(figsize=(7, 4), layout="constrained")

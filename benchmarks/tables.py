@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost_model
+from benchmarks import cost_model, gpus
+from benchmarks.frameworks import report as frameworks
 from benchmarks.judge import Results, beside_mirrored, growth, rows, speed_up, text
+from benchmarks.links import report as links
+from benchmarks.links.predicted import WITHIN
 from benchmarks.names import ABOUT, PHASES, UPDATE
 from parallel_keras.measuring.clock import Spread
 
@@ -135,8 +138,33 @@ def about(results: Results) -> str:
         f"{machine['cores']} cores ({machine['processor']}), {machine['system']}, "
         f"Python {machine['python']}, TensorFlow {machine['tensorflow']}, "
         f"Keras {machine['keras']}, parallel_keras {machine['parallel_keras']}; "
-        f"`{results['command']}` on {results['date']}, {results['minutes']:.0f} minutes."
+        f"{when('core')(results)}"
     )
+
+
+def when(section: str) -> Callable[[Results], str]:
+    """What tells when a section was measured, and how."""
+
+    def text_of(results: Results) -> str:
+        run = results.get("sections", {}).get(section)
+        if run is None:
+            return "Not measured."
+        return f"`{run['command']}` on {run['date']}, {run['minutes']:.0f} minutes."
+
+    return text_of
+
+
+def of_gpus(table: Callable[[], str]) -> Callable[[Results], str]:
+    """What the cost model says of GPUs, if it was right where it could be held to account."""
+
+    def text_of(results: Results) -> str:
+        if links.trusted(results):
+            return table()
+        known = bool(links.runs(results))
+        reason = f"is not within {WITHIN:.0%} of" if known else "was not held against"
+        return f"The model {reason} the steps measured behind links, so it says nothing of GPUs."
+
+    return text_of
 
 
 SECTIONS = {
@@ -149,15 +177,21 @@ SECTIONS = {
     "phases": phases,
     "steady": steady,
     "checked": checked,
-    "cost-model-devices": lambda _: cost_model.by_devices(),
-    "cost-model-batches": lambda _: cost_model.by_batch(),
-    "cost-model-workers": lambda _: cost_model.by_workers(),
+    "links-about": when("links"),
+    "links-times": lambda results: markdown(*links.times(results)),
+    "links-bytes": lambda results: markdown(*links.sizes(results)),
+    "frameworks-about": when("frameworks"),
+    "frameworks": lambda results: markdown(*frameworks.table(results)),
+    "cost-model-devices": of_gpus(gpus.by_devices),
+    "cost-model-batches": of_gpus(gpus.by_batch),
+    "cost-model-workers": of_gpus(gpus.by_workers),
 }
 PLOTS = {
     "speed-up": "Times as fast as the bare model on one core, for each number of towers",
     "first-step": "Time to the first training step",
     "memory": "Peak memory",
     "phases": "Share of each phase",
+    "links": "Step times and bytes behind links of 400 Mbit/s, for each number of devices",
 }
 # Each document and where, seen from it, the plots are.
 DOCUMENTS = {
@@ -179,9 +213,15 @@ def fill(document: str, results: Results, plots: str) -> str:
         name, _, rest = piece.partition(" -->")
         _, _, after = rest.partition("<!-- /bench -->")
         plot = name.removeprefix("plot-")
-        body = f"![{PLOTS[plot]}]({plots}/{plot}.svg)" if plot != name else SECTIONS[name](results)
+        body = SECTIONS[name](results) if plot == name else _picture(plot, results, plots)
         done.append(f"<!-- bench:{name} -->\n\n{body}\n\n<!-- /bench -->{after}")
     return "".join(done)
+
+
+def _picture(plot: str, results: Results, plots: str) -> str:
+    if plot == "links" and not links.runs(results):
+        return "Not measured."
+    return f"![{PLOTS[plot]}]({plots}/{plot}.svg)"
 
 
 def fill_documents(root: Path, results: Results) -> None:

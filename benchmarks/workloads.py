@@ -32,12 +32,16 @@ class Workload:
     loss: Any
     batch: Callable[[np.random.Generator], Batch]
 
-    def compiled(self) -> keras.Model:
-        """The model, compiled."""
+    def compiled(self, *, jit_compile: bool = False) -> keras.Model:
+        """The model, compiled.
+
+        Args:
+            jit_compile: Whether by XLA. Not by default: Keras hands a model on one GPU to XLA, but
+                none on several, and that would compare compilers.
+        """
         keras.utils.set_random_seed(SEED)
         model = self.build()
-        # Keras hands a model on one GPU to XLA, but none on several: that would compare compilers.
-        model.compile(self.optimizer(), self.loss, jit_compile=False)
+        model.compile(self.optimizer(), self.loss, jit_compile=jit_compile)
         return model
 
     def data(self) -> Batch:

@@ -33,13 +33,14 @@ class Worker:
     Args:
         module: The module that the process runs.
         spec: What it is to train, told to it as JSON.
+        python: The Python that runs it. Defaults to this one.
     """
 
-    def __init__(self, module: str, spec: Mapping[str, Any]) -> None:
+    def __init__(self, module: str, spec: Mapping[str, Any], python: str = sys.executable) -> None:
         # Not a pipe, which nobody would empty while the process works.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in stop())
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(spec)],
+            [python, "-m", module, json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

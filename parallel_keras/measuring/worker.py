@@ -20,16 +20,20 @@ import keras
 import tensorflow as tf
 
 import parallel_keras as pk
+from parallel_keras.hardware import driver_cards
 from parallel_keras.measuring.clock import StepClock, differences
 
 Answer = dict[str, Any]
+_LEAST_MEMORY = 8192
+# So many workers of one workload take turns, and each keeps what it has.
+_WORKERS_AT_ONCE = 8
 
 
 def prepare(devices: int, core: int | None = None) -> list[str]:
     """Sets TensorFlow up for so many devices, before it starts its runtime.
 
-    GPUs are used as they are. A logical CPU gets one thread, as a GPU that is added brings cores
-    of its own.
+    GPUs are used as they are, or the first is split where they are too few. A logical
+    CPU gets one thread, as a GPU that is added brings cores of its own.
 
     Args:
         devices: Int, how many.
@@ -40,6 +44,8 @@ def prepare(devices: int, core: int | None = None) -> list[str]:
         The names of the devices.
     """
     gpus = tf.config.list_physical_devices("GPU")
+    if gpus and len(gpus) < devices:
+        return pk.virtual_devices(devices, "GPU", memory_limit=_share_of_card(devices))
     if gpus:
         for gpu in gpus:
             # Workers share the GPUs, and by default the first would take all of their memory.
@@ -50,6 +56,13 @@ def prepare(devices: int, core: int | None = None) -> list[str]:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(devices)
     return pk.virtual_devices(devices)
+
+
+def _share_of_card(devices: int) -> int:
+    """Megabytes for each of the devices that share a GPU with those of other workers."""
+    memories = [card.memory for card in driver_cards()]
+    # The least that a GPU of today has, where the driver does not say.
+    return min(memories, default=_LEAST_MEMORY) // (_WORKERS_AT_ONCE * devices)
 
 
 def forever(data: Any) -> tf.data.Dataset:
