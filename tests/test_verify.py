@@ -1,5 +1,10 @@
 """Whether verify finds what is not the same number as on one device, and nothing else."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -196,3 +201,30 @@ def test_arguments() -> None:
 )
 def test_relative(one: Any, other: Any, size: float) -> None:
     assert relative(np.array(one), np.array(other)) == size
+
+
+@pytest.mark.parametrize(("synchronized", "code"), [(True, 0), (False, 1)])
+def test_command(synchronized: bool, code: int, tmp_path: Path) -> None:
+    template = net(keras.layers.BatchNormalization(synchronized=synchronized, name="norm"))
+    template.compile("adam", "mse")
+    template.save(tmp_path / "model.keras")
+    done = subprocess.run(
+        [sys.executable, "-m", "parallel_keras", "verify", "model.keras", "--devices=3", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(pk.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["rows"], len(said["devices"]), said["equal"]) == (7, 3, synchronized)
+    assert {one["layer"] for one in said["differences"]} == (set() if synchronized else {"norm"})
+
+
+def test_long_tables_are_cut() -> None:
+    one = findings.Difference("x", "layer", 1.0, 0.1, findings.UNKNOWN, "ask")
+    found = findings.Verification(False, (one,) * 23, 30, ("a", "b"), 5)
+    assert str(found).count("layer  ") <= 22
+    assert "and 3 more" in str(found)

@@ -21,6 +21,7 @@ COMMANDS: Final[dict[str, str]] = {
     "devices": "List the devices that TensorFlow sees, and check the copies between them.",
     "explain": "Say where the time of a training step of a saved model goes.",
     "serve": "Lend this machine's devices to a script on another machine.",
+    "verify": "Say whether a model on several devices gives the numbers of one.",
     "workers": "Run a script several times on this machine, each time as another worker.",
 }
 """Each command with the line that stands for it in the list of commands."""

@@ -54,21 +54,18 @@ def main(model: str | None = None) -> None:
 
 def _explain(name: str) -> Explanation:
     import parallel_keras as pk
-    from parallel_keras.commands.machine import choose_devices
-    from parallel_keras.measuring import models, subject
+    from parallel_keras.commands._wrapped import wrap
     from parallel_keras.measuring.random_batch import random_batch
 
-    devices = choose_devices(_DEVICES.value)
-    try:
-        template = models.load(name, _IMPORTS.value)
-    except (ImportError, ValueError) as error:
-        raise CommandError(
-            f"{error} Or call parallel_keras.explain(parallel, batch) from your script."
-        ) from error
-    if _LOSS.value or not template.compiled:
-        subject.compile_with(template, _LOSS.value)
-    parallel = pk.DataParallelModel(template, devices, loss_on=_LOSS_ON.value)
-    batch = random_batch(template, _BATCH_SIZE.value, _OPEN_SIZE.value)
+    parallel = wrap(
+        name,
+        devices=_DEVICES.value,
+        imports=_IMPORTS.value,
+        loss=_LOSS.value,
+        loss_on=_LOSS_ON.value,
+        function="explain",
+    )
+    batch = random_batch(parallel.template, _BATCH_SIZE.value, _OPEN_SIZE.value)
     return pk.explain(parallel, batch, repeats=_REPEATS.value)
 
 

@@ -16,11 +16,10 @@ import signal
 import threading
 from typing import Any, Final
 
-import tensorflow as tf
 from absl import flags
 
 from parallel_keras.commands import CommandError
-from parallel_keras.workers import listening, sockets
+from parallel_keras.workers import sockets
 from parallel_keras.workers.cluster import Task, is_address
 
 _ADDRESS: Final = flags.DEFINE_string(
@@ -51,6 +50,10 @@ _PAUSE: Final = 2.0
 
 def main() -> None:
     """Runs the server until it is told to end."""
+    import tensorflow as tf
+
+    from parallel_keras.workers import listening
+
     own = _own()
     hosts = None if _CLIENT.value is None else _hosts(_CLIENT.value)
     listening.give_up_early()
@@ -74,6 +77,8 @@ def _own() -> Task:
             "Expected --address=host:port, by which the other machines reach this one. "
             f"Received: address={address!r}. For example: --address=10.0.0.1:2222"
         )
+    from parallel_keras.workers import listening  # starts TensorFlow
+
     own = Task(listening.JOB, 0, address)
     try:
         found = sockets.addresses_of(own.host)
@@ -110,6 +115,8 @@ def _host(client: str) -> str:
 
 def _limit(own: Task, hosts: list[str] | None) -> str:
     """Closes the server to who is not meant; says in words whom it serves."""
+    from parallel_keras.workers import listening
+
     if _ALL_INTERFACES.value and hosts is None:
         return "at all addresses of this machine, to everyone"
     if not listening.let_in(own, hosts, everywhere=_ALL_INTERFACES.value):

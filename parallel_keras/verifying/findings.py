@@ -12,6 +12,9 @@ OUTSIDE: Final = "state kept outside of Keras"
 STATE: Final = "state merged by rule"
 UNKNOWN: Final = "unknown"
 
+# How many differences the table lists; `differences` has all.
+_SHOWN: Final = 20
+
 REMEDIES: Final = {
     RANDOM: "Each device draws random numbers of its own. Expected; a rate of 0 shows the rest.",
     BY_SHARD: "Build the layer with synchronized=True: then it normalises the whole batch.",
@@ -92,8 +95,10 @@ class Verification:
         rows = [("what", "size", "allowed", "first layer", "kind")]
         rows += [
             (found.what, f"{found.size:.1e}", f"{found.allowed:.1e}", found.layer, found.kind)
-            for found in self.differences
+            for found in self.differences[:_SHOWN]
         ]
+        more = len(self.differences) - _SHOWN
+        rows += [(f"and {more} more", "", "", "", "")] if more > 0 else []
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
