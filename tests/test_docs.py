@@ -20,8 +20,8 @@ from parallel_keras.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# Needs clusters: its recipes run in test_recipes.py, with stand-ins.
-ELSEWHERE = {"multi-machine.md"}
+# They need several machines: see test_recipes.py, with stand-ins, and test_namespaces_guide.py.
+ELSEWHERE = {"multi-machine.md", "two_machines.md"}
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # Splits the CPU itself, which only a fresh process can.
 OWN_PROCESS = {"start.md"}
