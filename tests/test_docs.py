@@ -19,8 +19,8 @@ from parallel_keras.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# Needs clusters: its recipes run in test_recipes.py, with stand-ins.
-ELSEWHERE = {"multi-machine.md"}
+# They need several machines: see test_recipes.py, with stand-ins, and test_namespaces_guide.py.
+ELSEWHERE = {"multi-machine.md", "two_machines.md"}
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 MOST_UNRUN = 9
 NEEDS = "# Needs "

@@ -8,8 +8,8 @@ import contextlib
 import ipaddress
 import logging
 import re
+import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -388,7 +388,7 @@ def test_a_script_and_servers_on_loopback(tmp_path: Path) -> None:
         assert "to everyone" in running[-1].said
         assert script.wait(START) == 3, script.said
         assert f"server is gone: worker 1 ({addresses[1]})" in script.said
-        running[0].send(subprocess.signal.SIGINT)
+        running[0].send(signal.SIGINT)
         assert running[0].wait(20) == 0
     finally:
         for each in running:
