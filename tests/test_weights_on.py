@@ -407,6 +407,7 @@ def test_files_know_nothing_of_homes(tmp_path: Path) -> None:
     parallel.save_weights(tmp_path / "some.weights.h5")
     other = pk.DataParallelModel(mlp(), 2, weights_on="spread")
     other.compile(sgd(), "mse")
+    other.optimizer.build(other.trainable_variables)
     other.load_weights(tmp_path / "some.weights.h5")
     assert {place(weight) for weight in other.template.weights} == {"CPU:0", "CPU:1"}
     np.testing.assert_allclose(other.predict(rows(5, 6), verbose=0), parallel(rows(5, 6)), 1e-5)
