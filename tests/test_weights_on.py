@@ -232,7 +232,7 @@ def test_ways_to_run(how: str, loss_on: str) -> None:
     elif how == "several steps":
         made["steps_per_execution"] = 2
     elif how == "mixed":
-        build, made["optimizer"], rtol = mixed, lambda: scaled(), 2e-3  # what half precision has
+        build, made["optimizer"], rtol = mixed, lambda: scaled(), 1e-2  # half precision: 3 digits
     elif how == "two outputs":
         build, made["metrics"] = two_outputs, {"a": ["mae"], "b": ["mse"]}
         x, y = rows(12, 6), rows(12, 3, seed=1)
@@ -278,7 +278,7 @@ def test_steps_of_the_template() -> None:
     second = [(bare.second.variables), parallel.template.second.variables]
     for one, other in zip(*second, strict=True):
         np.testing.assert_allclose(other.numpy(), one.numpy(), rtol=1e-5, atol=2e-6)
-    parallel.fit(data(), verbose=0)
+    parallel.fit(data(), shuffle=False, verbose=0)
     for optimizer in (parallel.optimizer, parallel.template.second):
         for slot, weight in slots(optimizer):
             assert place(slot) == place(weight)
@@ -343,7 +343,7 @@ def test_templates_without_weights_are_spread_when_they_have_some(how: str) -> N
         for _ in range(2):
             parallel.train_on_batch(x, y)
     else:
-        parallel.fit(batches((4, 3), x, y), verbose=0)
+        parallel.fit(batches((4, 3), x, y), shuffle=False, verbose=0)
     parallel.fit(x, y, batch_size=4, verbose=0)
     assert {place(weight) for weight in template.weights} == {"CPU:0", "CPU:1", "CPU:2"}
     for slot, weight in slots(parallel.optimizer):
@@ -356,7 +356,7 @@ def test_a_compiled_template_moves_with_its_state() -> None:
         model = mlp()
         model.compile(keras.optimizers.AdamW(0.01, weight_decay=0.3), "mse")
         model.optimizer.exclude_from_weight_decay(var_list=[model.weights[0]])
-        model.fit(data(), verbose=0)
+        model.fit(data(), shuffle=False, verbose=0)
         return model
 
     bare, template = trained(), trained()
@@ -388,7 +388,8 @@ def test_weights_that_come_later_are_spread_then() -> None:
     assert len({place(variable) for variable in new}) > 1
     expected = template(x)
     np.testing.assert_allclose(parallel.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
-    template.quantize("int8")
+    for layer in template.layers:
+        layer.quantize("int8")
     int8 = [v for v in template.variables if v.dtype == "int8"]
     parallel.compile("adam", "mse")
     found = parallel.predict(x, batch_size=7, verbose=0)
@@ -399,13 +400,14 @@ def test_weights_that_come_later_are_spread_then() -> None:
 def test_files_know_nothing_of_homes(tmp_path: Path) -> None:
     bare, parallel = pair(mlp, TOWERS, weights_on="spread", optimizer=lambda: sgd(), loss="mse")
     for model in (bare, parallel):
-        model.fit(data(), verbose=0)
+        model.fit(data(), shuffle=False, verbose=0)
     parallel.save(tmp_path / "whole.keras")
     loaded = keras.saving.load_model(tmp_path / "whole.keras")
     assert_same_variables(loaded, parallel)
     parallel.save_weights(tmp_path / "some.weights.h5")
     other = pk.DataParallelModel(mlp(), 2, weights_on="spread")
-    other.compile("sgd", "mse")
+    other.compile(sgd(), "mse")
+    other.optimizer.build(other.trainable_variables)
     other.load_weights(tmp_path / "some.weights.h5")
     assert {place(weight) for weight in other.template.weights} == {"CPU:0", "CPU:1"}
     np.testing.assert_allclose(other.predict(rows(5, 6), verbose=0), parallel(rows(5, 6)), 1e-5)
@@ -464,8 +466,15 @@ def test_carried_tensors_are_what_they_were() -> None:
         "b": tf.constant([True, False]),
         "c": tf.constant([3], tf.int64),
     }
-    found = tf.function(lambda: messages.carried(nest, "/CPU:1", "/CPU:2"))()
-    assert found["b"].device.endswith("CPU:2")
+    places = set()
+
+    def carry() -> Any:
+        found = messages.carried(nest, "/device:CPU:1", "/device:CPU:2")
+        places.update(tensor.op.device for tensor in tf.nest.flatten(found))
+        return found
+
+    found = tf.function(carry, autograph=False)()
+    assert places == {"/device:CPU:2"}
     for one, other in zip(tf.nest.flatten(nest), tf.nest.flatten(found), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)

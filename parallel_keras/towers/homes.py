@@ -198,12 +198,24 @@ class Homes:
         if self.weights_on != "spread":
             everything = [*new, *(v for o in _optimizers(self._template) for v in o.variables)]
             return {id(variable): self.weights_on for variable in everything}
+        # Gradients come and slots stay for what is trained, so that is balanced by itself.
+        spread = [variable for variable in new if _spreads(variable)]
+        trained = [variable for variable in spread if variable.trainable]
+        homes = plan(trained, self.devices, self._loads(trained=True))
+        loads = self._loads(trained=False)
+        for variable in trained:
+            loads[homes[id(variable)]] += size_of(variable)
+        rest = [variable for variable in spread if not variable.trainable]
+        return {**homes, **plan(rest, self.devices, loads)}
+
+    def _loads(self, *, trained: bool) -> dict[str, int]:
+        """The bytes of weights on each device, of those that are trained or of all."""
         loads = dict.fromkeys(self.devices, 0)
         weights = {id(variable) for variable in self._template.variables}
         for variable, home in self._settled.values():
-            if id(variable) in weights:
+            if id(variable) in weights and (variable.trainable or not trained):
                 loads[home] += size_of(variable)
-        return plan([variable for variable in new if _spreads(variable)], self.devices, loads)
+        return loads
 
     def _slots(self) -> list[tuple[keras.Variable, keras.Variable | None]]:
         """What the optimizers keep for weights, each with its weight; `None` for the rest."""
