@@ -8,7 +8,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
@@ -407,10 +407,39 @@ def eager_seed(seed: int) -> Iterator[None]:
         context._seed = before
 
 
-_Function = type(tf.function(lambda: None))
-_call_traced = _Function.__call__
-_lock = threading.Lock()
-_inlining: dict[int, int] = {}
+class _Inlining:
+    """Which threads call the code of a `tf.function` instead of its traces."""
+
+    kind = type(tf.function(lambda: None))
+    traced = kind.__call__
+    lock = threading.Lock()
+    depths: ClassVar[dict[int, int]] = {}
+
+    @classmethod
+    def add(cls, change: int) -> None:
+        thread = threading.get_ident()
+        with cls.lock:
+            cls.depths[thread] = cls.depths.get(thread, 0) + change
+            if not cls.depths[thread]:
+                del cls.depths[thread]
+            cls.kind.__call__ = cls.call if cls.depths else cls.traced
+
+    @staticmethod
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        # One that was loaded has no Python code, and its traces know variables, not what stands
+        # for them.
+        loaded = type(function) is not _Inlining.kind
+        if loaded or threading.get_ident() not in _Inlining.depths:
+            return _Inlining.traced(function, *args, **kwargs)
+        code = function.python_function
+        if function._jit_compile and not tf.executing_eagerly():
+            return _Inlining.traced(function._clone(None), *args, **kwargs)
+        if tf.executing_eagerly() or not function._autograph:
+            return code(*args, **kwargs)
+        # Keras turns AutoGraph off for its steps, but a function has often been traced before.
+        with _ag_ctx.ControlStatusCtx(status=_ag_ctx.Status.UNSPECIFIED):
+            options = function._experimental_autograph_options
+            return _autograph.py_func_from_autograph(code, options)(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -423,36 +452,11 @@ def inlined_functions() -> Iterator[None]:
     public way to call a function without its traces; `tf.config.run_functions_eagerly` is one,
     but for all threads and without AutoGraph.
     """
-    thread = threading.get_ident()
-    with _lock:
-        _inlining[thread] = _inlining.get(thread, 0) + 1
-        _Function.__call__ = _call_inlined
+    _Inlining.add(1)
     try:
         yield
     finally:
-        with _lock:
-            _inlining[thread] -= 1
-            if not _inlining[thread]:
-                del _inlining[thread]
-            if not _inlining:
-                _Function.__call__ = _call_traced
-
-
-def _call_inlined(function: Any, *args: Any, **kwargs: Any) -> Any:
-    # One that was loaded has no Python code, and its traces know variables, not what stands for
-    # them.
-    loaded = type(function) is not _Function
-    if loaded or threading.get_ident() not in _inlining:
-        return _call_traced(function, *args, **kwargs)
-    code = function.python_function
-    if function._jit_compile and not tf.executing_eagerly():
-        return _call_traced(function._clone(None), *args, **kwargs)
-    if tf.executing_eagerly() or not function._autograph:
-        return code(*args, **kwargs)
-    # Keras turns AutoGraph off for its steps, but a function has often been traced before.
-    with _ag_ctx.ControlStatusCtx(status=_ag_ctx.Status.UNSPECIFIED):
-        options = function._experimental_autograph_options
-        return _autograph.py_func_from_autograph(code, options)(*args, **kwargs)
+        _Inlining.add(-1)
 
 
 def global_seed() -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
@@ -17,7 +17,9 @@ from parallel_keras.towers.homes import Homes
 from parallel_keras.towers.needs import Needs, TraceAgain
 from parallel_keras.towers.scope import Lent
 from parallel_keras.towers.seeds import is_seed, started, stream_of
-from parallel_keras.towers.tower import Tower
+
+if TYPE_CHECKING:
+    from parallel_keras.towers.tower import Tower
 from parallel_keras.towers.weights import read
 from parallel_keras.workers.message import AnyWorkers
 
