@@ -5,13 +5,19 @@ has a test in tests/test_compat.py that fails when the private thing changes.
 """
 
 import contextlib
+import random
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.utils import io_utils as _io_utils
+from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
+from tensorflow.python.eager import context as _context
+from tensorflow.python.eager.polymorphic_function import autograph_util as _autograph
+from tensorflow.python.framework import auto_control_deps_utils as _control_deps
 
 
 def get_mask(tensor: Any) -> Any:
@@ -151,13 +157,51 @@ def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> 
         return
 
     x, y, sample_weight = data
-    y_pred = _backend.compute_output_spec(model.template, x, training=False)
+    try:
+        y_pred = _backend.compute_output_spec(model.template, x, training=False)
+    except Exception as error:  # noqa: BLE001 (it is raised again if this fails, too)
+        y_pred = trace_as_step(model.template, (x,), {"training": False}, error)
     if loss is not None:
         _backend.compute_output_spec(data_loss, model, y, y_pred, sample_weight)
     if metrics is not None:
         _backend.compute_output_spec(
             lambda *args: update_metrics(model, *args), y, y_pred, sample_weight
         )
+
+
+def trace_as_step(
+    model: keras.Model, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> Any:
+    """Traces a call as a step of Keras does, where Keras failed to find out its shapes.
+
+    It looks for them with tensors instead of variables, which cannot be assigned inside of a
+    loop or condition. Goes when it can do without.
+
+    Args:
+        model: The model.
+        args: Positional arguments of a call, or specs or symbols of them.
+        kwargs: Keyword arguments.
+        error: What Keras failed with.
+
+    Returns:
+        What Keras would have found: a nest of `keras.KerasTensor`.
+
+    Raises:
+        Exception: What Keras failed with, if this fails, too.
+    """
+
+    def spec(leaf: Any) -> Any:
+        known = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        return tf.TensorSpec(leaf.shape, leaf.dtype) if known else leaf
+
+    try:
+        function = tf.function(lambda *given: model(*given, **kwargs), autograph=False)
+        traced = function.get_concrete_function(*keras.tree.map_structure(spec, args))
+    except Exception as other:
+        raise error from other
+    return keras.tree.map_structure(
+        lambda leaf: keras.KerasTensor(leaf.shape, leaf.dtype.name), traced.structured_outputs
+    )
 
 
 def layer_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
@@ -328,3 +372,93 @@ def function_body(op: tf.Operation) -> Any:
         return None
     function = op.graph._get_function(op.get_attr("f").name)
     return None if function is None else function.graph
+
+
+def mark_lookups() -> None:
+    """Tells TensorFlow that looking something up in a table does not change the table.
+
+    It takes every use of a table for a change, and so runs functions that use one table one
+    after the other: towers would wait for each other. Goes when TensorFlow marks these
+    operations, as it does reads of variables.
+    """
+    for operation in ("LookupTableFindV2", "LookupTableSizeV2", "LookupTableExportV2"):
+        _control_deps.register_read_only_resource_op(operation)
+
+
+@contextlib.contextmanager
+def eager_seed(seed: int) -> Iterator[None]:
+    """Inside, operations that are not traced draw with another global seed.
+
+    `tf.random.set_seed` also starts all streams anew. Goes when there is a public way to give
+    operations without a graph a seed for a while.
+
+    Args:
+        seed: Int.
+    """
+    context = _context.context()
+    before = context._seed
+    # What has no seed at all must go on to be different each time.
+    if before is None:
+        context._rng = random.Random()  # noqa: S311 (nothing is kept secret by it)
+    context._seed = seed
+    try:
+        yield
+    finally:
+        context._seed = before
+
+
+class _Inlining:
+    """Which threads call the code of a `tf.function` instead of its traces."""
+
+    kind = type(tf.function(lambda: None))
+    traced = kind.__call__
+    lock = threading.Lock()
+    depths: ClassVar[dict[int, int]] = {}
+
+    @classmethod
+    def add(cls, change: int) -> None:
+        thread = threading.get_ident()
+        with cls.lock:
+            cls.depths[thread] = cls.depths.get(thread, 0) + change
+            if not cls.depths[thread]:
+                del cls.depths[thread]
+            cls.kind.__call__ = cls.call if cls.depths else cls.traced
+
+    @staticmethod
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        # One that was loaded has no Python code, and its traces know variables, not what stands
+        # for them.
+        loaded = type(function) is not _Inlining.kind
+        if loaded or threading.get_ident() not in _Inlining.depths:
+            return _Inlining.traced(function, *args, **kwargs)
+        code = function.python_function
+        if function._jit_compile and not tf.executing_eagerly():
+            return _Inlining.traced(function._clone(None), *args, **kwargs)
+        if tf.executing_eagerly() or not function._autograph:
+            return code(*args, **kwargs)
+        # Keras turns AutoGraph off for its steps, but a function has often been traced before.
+        with _ag_ctx.ControlStatusCtx(status=_ag_ctx.Status.UNSPECIFIED):
+            options = function._experimental_autograph_options
+            return _autograph.py_func_from_autograph(code, options)(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def inlined_functions() -> Iterator[None]:
+    """Inside, a `tf.function` that is called becomes part of the graph that is being traced.
+
+    Its traces are kept, and know the tensors that stand for variables in a tower: another tower
+    would use them after their graph is gone. Or they are from before, and know the variables
+    themselves. Goes when traces can be told apart by what variables stand for, or there is a
+    public way to call a function without its traces; `tf.config.run_functions_eagerly` is one,
+    but for all threads and without AutoGraph.
+    """
+    _Inlining.add(1)
+    try:
+        yield
+    finally:
+        _Inlining.add(-1)
+
+
+def global_seed() -> int | None:
+    """What was given to `tf.random.set_seed`, `None` before that; it cannot be asked for."""
+    return _context.global_seed()

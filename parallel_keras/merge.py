@@ -3,10 +3,9 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
-from parallel_keras import slices
+from parallel_keras import nests, slices
 from parallel_keras.shard import Rows, Shards
 
 
@@ -50,14 +49,15 @@ def outputs(
     """
     if len(parts) == 1:
         return parts[0]
-    paths = [path for path, _ in keras.tree.flatten_with_path(parts[0])]
-    columns = zip(*[keras.tree.flatten(part) for part in parts], strict=True)
+    flat = [nests.flatten_with_paths(part) for part in parts]
+    paths = [path for path, _ in flat[0]]
+    columns = zip(*[[leaf for _, leaf in leaves] for leaves in flat], strict=True)
     rule_of = dict.fromkeys(whole, "whole")
     merged = [
         _join(list(column), shards, _name(path), (rules or {}).get(_last(path), rule_of.get(index)))
         for index, (path, column) in enumerate(zip(paths, columns, strict=True))
     ]
-    return keras.tree.pack_sequence_as(parts[0], merged)
+    return nests.packed(parts[0], merged)
 
 
 def mean(values: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]) -> tf.Tensor:

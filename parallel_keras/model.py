@@ -15,7 +15,7 @@ from parallel_keras.keras_api.answers import TemplateAnswers
 from parallel_keras.keras_api.notices import Notices
 from parallel_keras.keras_api.saving import TemplateFiles
 from parallel_keras.keras_api.worker_loops import WorkerLoops
-from parallel_keras.nests import symbols
+from parallel_keras.nests import knows_more, symbols
 from parallel_keras.shard import is_empty
 from parallel_keras.steps import checks
 from parallel_keras.steps.building import build_template
@@ -320,6 +320,8 @@ def _as_positional(
     context: dict[str, Any] = {
         name: kwargs[name] for name in ("training", "mask") if name in kwargs
     }
+    # By position Keras takes only what it knows to be a nest of tensors.
+    context |= {name: value for name, value in kwargs.items() if knows_more(value)}
     named = {name: value for name, value in kwargs.items() if name not in context}
     if not named:
         return args, kwargs

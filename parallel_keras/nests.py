@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+import typing
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -68,6 +71,130 @@ def replaced(nest: Any, others: Iterable[Any], which: Callable[[Any], bool] = is
     return tf.nest.pack_sequence_as(like, flat, expand_composites=True)
 
 
+def flatten_with_paths(nest: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """The leaves of a nest with the keys that lead to them.
+
+    As `keras.tree.flatten_with_path`, but it also looks into what TensorFlow takes for a nest
+    and Keras for a leaf: subclasses of dicts, `attrs` classes, dataclasses with
+    `__tf_flatten__`, and `tf.experimental.ExtensionType`.
+
+    Args:
+        nest: Nest of anything.
+
+    Returns:
+        A list of pairs, in order.
+
+    Example:
+    >>> from parallel_keras import nests
+    >>> nests.flatten_with_paths({"b": 1, "a": [None, 2]})
+    [(('a', 0), None), (('a', 1), 2), (('b',), 1)]
+    """
+    children = _children(nest)
+    if children is None:
+        return [((), nest)]
+    return [
+        ((key, *path), leaf) for key, child in children for path, leaf in flatten_with_paths(child)
+    ]
+
+
+def knows_more(nest: Any) -> bool:
+    """Whether a nest holds classes that TensorFlow looks into, and Keras does not.
+
+    Args:
+        nest: Nest of anything.
+
+    Returns:
+        Bool.
+
+    Example:
+    >>> import collections
+    >>> from parallel_keras import nests
+    >>> class Output(collections.OrderedDict):
+    ...     pass
+    >>> nests.knows_more([Output(a=1)]), nests.knows_more([{"a": 1}])
+    (True, False)
+    """
+    return any(_children(leaf) is not None for leaf in keras.tree.flatten(nest))
+
+
+def packed(nest: Any, leaves: Iterable[Any]) -> Any:
+    """The inverse of `flatten_with_paths`.
+
+    Args:
+        nest: The nest whose structure is meant.
+        leaves: What to put there, in order.
+
+    Returns:
+        A nest of the same classes.
+    """
+    return _packed(nest, iter(leaves))
+
+
+def mapped(function: Callable[[Any], Any], nest: Any) -> Any:
+    """The nest with what a function returns for each leaf of `flatten_with_paths`."""
+    return packed(nest, [function(leaf) for _, leaf in flatten_with_paths(nest)])
+
+
+def _packed(nest: Any, leaves: Iterator[Any]) -> Any:
+    children = _children(nest)
+    if children is None:
+        return next(leaves)
+    return _rebuilt(nest, {key: _packed(child, leaves) for key, child in children})
+
+
+def _children(nest: Any) -> list[tuple[Any, Any]] | None:
+    """What is in a node of a nest by key, `None` for a leaf."""
+    if isinstance(nest, Mapping):
+        return _items(nest)
+    if isinstance(nest, (list, tuple)):
+        return list(enumerate(nest))
+    if isinstance(nest, type):
+        return None
+    if hasattr(nest, "__tf_flatten__"):
+        return list(enumerate(nest.__tf_flatten__()[1]))
+    names: Iterable[str] = ()
+    if isinstance(nest, tf.experimental.ExtensionType):
+        names = [name for name in typing.get_type_hints(type(nest)) if name in vars(nest)]
+    elif hasattr(type(nest), "__attrs_attrs__"):
+        names = [field.name for field in type(nest).__attrs_attrs__]
+    return [(name, getattr(nest, name)) for name in names] or None
+
+
+def _items(nest: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """Those of a dict in the order of Keras, which sorts the keys where it can."""
+    if isinstance(nest, OrderedDict):
+        return list(nest.items())
+    try:
+        return sorted(nest.items(), key=lambda item: item[0])
+    except TypeError:
+        return list(nest.items())
+
+
+def _rebuilt(nest: Any, children: dict[Any, Any]) -> Any:
+    """A node of the same class with other children."""
+    values = list(children.values())
+    if isinstance(nest, Mapping):
+        same = copy.copy(nest)
+        if not hasattr(same, "__setitem__"):
+            return children
+        for key, value in children.items():
+            same[key] = value
+        return same
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return nest.__class__(*values)
+    if isinstance(nest, (list, tuple)):
+        return nest.__class__(values)
+    if hasattr(nest, "__tf_unflatten__"):
+        return type(nest).__tf_unflatten__(nest.__tf_flatten__()[0], tuple(values))
+    # Neither a check of its own nor that nothing may be set there applies to what is only cut.
+    same = object.__new__(type(nest))
+    kept = vars(nest).items() if hasattr(nest, "__dict__") else ()
+    static = {} if isinstance(nest, tf.experimental.ExtensionType) else dict(kept)
+    for name, value in {**static, **children}.items():
+        object.__setattr__(same, name, value)
+    return same
+
+
 def is_dense(nest: Any) -> bool:
     """Whether all tensors of a nest, or what their specs stand for, are dense.
 
@@ -82,7 +209,7 @@ def is_dense(nest: Any) -> bool:
     >>> nests.is_dense([tf.zeros(3), tf.SparseTensorSpec([3])])
     False
     """
-    return not any(isinstance(leaf, _COMPOSITE) for leaf in keras.tree.flatten(nest))
+    return not any(isinstance(leaf, _COMPOSITE) for _, leaf in flatten_with_paths(nest))
 
 
 def symbol(leaf: Any) -> Any:
@@ -109,7 +236,7 @@ def symbol(leaf: Any) -> Any:
 
 def symbols(nest: Any) -> Any:
     """The nest with a `symbol` for each leaf."""
-    return keras.tree.map_structure(symbol, nest)
+    return mapped(symbol, nest)
 
 
 def _of_any_rows(leaf: Any) -> Any:

@@ -3,9 +3,10 @@
 from collections.abc import Collection
 from typing import Any, NamedTuple, TypeAlias
 
-import keras
 import numpy as np
 import tensorflow as tf
+
+from parallel_keras import nests
 
 # An int where the batch size is known while tracing, else an int32 tensor of shape ().
 Rows: TypeAlias = Any
@@ -99,7 +100,7 @@ def shard(
     >>> [part["x"].numpy().tolist() for part in parts], rows, total
     ([[0, 1, 2], [3, 4]], [3, 2], 5)
     """
-    paths_and_leaves = keras.tree.flatten_with_path(batch)
+    paths_and_leaves = nests.flatten_with_paths(batch)
     leaves = [_to_tensor(leaf) for _, leaf in paths_and_leaves]
     split = {
         index: _path_name(path)
@@ -108,14 +109,14 @@ def shard(
     }
     total = _common_rows({name: leaves[index] for index, name in split.items()})
     if towers == 1:
-        return Shards([keras.tree.pack_sequence_as(batch, leaves)], [total], total)
+        return Shards([nests.packed(batch, leaves)], [total], total)
     starts, sizes, rows = _cuts(total, towers, fill=here is not None)
     mine = range(len(rows)) if here is None else here
     if not rows:
         return Shards([], [], 0)
     pieces = {index: _slices(leaves[index], starts, sizes, mine) for index in split}
     parts = [
-        keras.tree.pack_sequence_as(
+        nests.packed(
             batch,
             [
                 pieces[index][place] if index in pieces else leaf
@@ -136,8 +137,12 @@ def is_empty(batch: Any) -> bool:
     Returns:
         `False` also where the number of rows is not known while tracing.
     """
-    leaves = [leaf for leaf in map(_to_tensor, keras.tree.flatten(batch)) if _has_rows(leaf)]
+    leaves = [leaf for leaf in map(_to_tensor, _leaves(batch)) if _has_rows(leaf)]
     return bool(leaves) and all(leaf.shape.rank and leaf.shape[0] == 0 for leaf in leaves)
+
+
+def _leaves(batch: Any) -> list[Any]:
+    return [leaf for _, leaf in nests.flatten_with_paths(batch)]
 
 
 def _to_tensor(leaf: Any) -> Any:

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,87 @@ def test_no_private_attribute_of_others_is_used_elsewhere() -> None:
         if path.name != "_compat.py"
     }
     assert {name: found for name, found in uses.items() if found} == {}
+
+
+def test_functions_are_inlined_in_one_thread_only() -> None:
+    calls = []
+
+    @tf.function
+    def function(x: tf.Tensor) -> tf.Tensor:
+        calls.append(tf.compat.v1.get_default_graph())
+        return tf.constant(1.0) if x > 0 else tf.constant(-1.0)
+
+    def elsewhere() -> None:
+        assert float(function(tf.constant(2.0))) == 1
+
+    @tf.function(autograph=False)
+    def outer(x: tf.Tensor) -> tf.Tensor:
+        with _compat.inlined_functions(), _compat.inlined_functions():
+            other = threading.Thread(target=elsewhere)
+            other.start()
+            other.join()
+            return function(x) * 2
+
+    before = type(function).__call__
+    assert float(outer(tf.constant(-3.0))) == -2
+    assert type(function).__call__ is before
+    assert function.experimental_get_tracing_count() == 1  # elsewhere
+    assert outer.get_concrete_function(tf.constant(-3.0)).graph in calls
+
+
+def test_global_seed_without_a_new_start() -> None:
+    tf.random.set_seed(5)
+    first = [float(tf.random.uniform(())) for _ in range(3)]
+    tf.random.set_seed(5)
+    assert float(tf.random.uniform(())) == first[0]
+    with _compat.eager_seed(6):
+        assert _compat.global_seed() == 6
+        assert float(tf.random.uniform(())) != first[1]
+    assert _compat.global_seed() == 5
+    assert float(tf.random.uniform(())) == first[2]
+    assert not hasattr(tf.random, "get_seed")
+
+
+def test_lookups_leave_a_table_as_it_is() -> None:
+    _compat.mark_lookups()
+    table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer([1], [2]), 0)
+    function = tf.function(table.lookup).get_concrete_function(tf.TensorSpec((), tf.int32))
+    graph = (
+        tf.function(lambda x: function(x) + function(x))
+        .get_concrete_function(tf.TensorSpec((), tf.int32))
+        .graph
+    )
+    calls = [op for op in graph.get_operations() if "PartitionedCall" in op.type]
+    assert len(calls) == 2
+    assert not any(call in other.control_inputs for call in calls for other in calls)
+
+
+def test_shapes_are_found_where_keras_cannot() -> None:
+    class Counts(keras.layers.Layer):
+        def build(self, shape: Any) -> None:
+            self.n = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            tf.cond(x[0, 0] > 0, lambda: self.n.assign_add(1.0), lambda: tf.constant(0.0))
+            return x[:, :1] + self.n
+
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts = Counts()
+
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            return self.counts(x)
+
+    model, error = Model(), ValueError("as Keras says")
+    given = keras.KerasTensor((None, 3))
+    with pytest.raises(Exception, match="counts"):
+        model(given)
+    found = _compat.trace_as_step(model, (given,), {}, error)
+    assert found.shape == (None, 1)
+    assert float(model.counts.n) == 0
+    with pytest.raises(ValueError, match="as Keras says"):
+        _compat.trace_as_step(model, (keras.KerasTensor((None,)),), {}, error)
 
 
 def test_strategy_timeout() -> None:

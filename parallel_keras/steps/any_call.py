@@ -87,8 +87,13 @@ class DifferentiablePass:
             results = floats(merged[0])
 
             def gradient(*upstream: Any, variables: Any = None) -> Any:
-                found = self._gradients(results, upstream)
-                return (found, [None] * len(variables)) if variables else found
+                others = self._others(variables or ())
+                found = self._gradients(results, upstream, others)
+                if not variables:
+                    return found
+                known = dict(zip(map(id, others), found[len(values) :], strict=True))
+                # The gradient of a weight goes to its value, which was handed in.
+                return found[: len(values)], [known.get(id(variable)) for variable in variables]
 
             return results, gradient
 
@@ -97,13 +102,21 @@ class DifferentiablePass:
             assign(self._pass.state)
         return Merged(*replaced(tuple(merged[0]), results, is_float))
 
-    def _gradients(self, results: list[tf.Tensor], upstream: Sequence[Any]) -> list[Any]:
+    def _others(self, variables: Sequence[tf.Variable]) -> list[tf.Variable]:
+        """Those of the variables that are not the template's: Keras does not know them."""
+        known = {id(variable.value) for variable in self._towers.template.variables}
+        return [variable for variable in variables if id(variable) not in known]
+
+    def _gradients(
+        self, results: list[tf.Tensor], upstream: Sequence[Any], others: Sequence[tf.Variable]
+    ) -> list[Any]:
+        """The gradients of weights, of inputs, and then of variables of others."""
         pass_, device, count = self._pass, self._towers.merge_device, len(self._trainable)
         if pass_ is None:
-            return [None] * (count + len(self._inputs))
+            return [None] * (count + len(self._inputs) + len(others))
         with tf.device(device):
             ups = self._joining.gradient(results, pass_.parts(), output_gradients=list(upstream))
-        towers = pass_.gradients(ups)
+        towers = pass_.gradients(ups, others)
         variables = [self._towers.template.variables[index] for index in self._trainable]
         columns = [[tower[index] for tower in towers] for index in range(count)]
         weights = []
@@ -114,7 +127,9 @@ class DifferentiablePass:
                 weights.append(merge.total(column))
         with tf.device(device):
             parts = [leaf for part in pass_.shards.parts for leaf in floats(part)]
-            ups = [gradient for tower in towers for gradient in tower[count:]]
+            ups = [
+                gradient for tower in towers for gradient in tower[count : len(tower) - len(others)]
+            ]
             reached = [pair for pair in zip(parts, ups, strict=True) if pair[1] is not None]
             inputs: list[Any] = [None] * len(self._inputs)
             if reached and inputs:
@@ -122,4 +137,6 @@ class DifferentiablePass:
                 inputs = self._cutting.gradient(
                     list(targets), self._inputs, output_gradients=list(ups)
                 )
-        return [*weights, *inputs]
+            found = zip(*[tower[len(tower) - len(others) :] for tower in towers], strict=True)
+            summed = [merge.total(column) for column in found]
+        return [*weights, *inputs, *summed]

@@ -6,6 +6,7 @@ deep model that doubles the time to the first step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.nests import is_dense, symbols
+from parallel_keras.nests import floats, is_dense, knows_more, symbols
+from parallel_keras.towers.graph import calling
 
 
 def before_first_step(
@@ -48,8 +50,19 @@ def build_template(template: keras.Model, args: tuple[Any, ...], kwargs: dict[st
         args: Positional arguments of a call, or their specs.
         kwargs: Keyword arguments of a call.
     """
-    with tf.device(None):  # Weights go where they would go without the wrapper.
-        template(*symbols(args), **kwargs)
+    whole = template.call
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        """Keras makes a node of the result, which must not hold classes that it does not know."""
+        outputs = whole(*args, **kwargs)
+        return list(floats(outputs)) if knows_more(outputs) else outputs
+
+    # Weights go where they would go without the wrapper.
+    with tf.device(None), calling(template, functools.wraps(whole)(call)):
+        try:
+            template(*symbols(args), **kwargs)
+        except Exception as error:  # noqa: BLE001 (it is raised again if this fails, too)
+            _compat.trace_as_step(template, args, kwargs, error)
 
 
 def build_for_step(model: keras.Model, spec: Any, *, training: bool) -> None:

@@ -127,11 +127,11 @@ class LossStep:
             # A tower that only stands in must not add to a sum either.
             signs = [tf.sign(share) for share in shares]
         scales = signs if self.reduction == "sum" else shares
-        numbers = iter([*zip(scales, shares, strict=True)][towers.workers.first :])
+        pairs = [*zip(scales, shares, strict=True)][towers.workers.first :]
+        numbers = dict(zip(towers.devices, pairs, strict=False))
 
         def call(body: Any, device: str, *given: Any) -> Any:
-            del device
-            return body(*given, next(numbers), self.loss_scale)
+            return body(*given, numbers[device], self.loss_scale)
 
         # Kept as calls, towers start and run faster: nothing of theirs is needed outside.
         results = towers.run(self.on_tower, shards, weights, call, inline=False)
@@ -168,7 +168,9 @@ class LossStep:
                 raise NeedsWholeBatch
             loss = self._weighted(data_loss, tower.terms(scope), part, *scales)
         up = None if loss_scale is None else tf.cast(loss_scale, loss.dtype)
-        gradients = tape.gradient(loss, sources, output_gradients=up) if sources else []
+        with scope, talking_to(peers):
+            # Layers under a `keras.RematScope` are called again on the way back.
+            gradients = tape.gradient(loss, sources, output_gradients=up) if sources else []
         given = (weights, number, peers, part, scales, loss_scale)
         gradients = self.towers.sort(gradients, "loss", self._gradients_again, given)
         with scope, talking_to(peers):

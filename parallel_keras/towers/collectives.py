@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from parallel_keras import _compat
+
+_compat.mark_lookups()
 # Collectives of one process share one name space with those of tf.distribute, which counts up
 # from 1: start far away from it.
 _GROUPS: dict[tuple[str, ...], int] = {}

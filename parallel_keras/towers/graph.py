@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from parallel_keras import nests
+
 
 def is_handle(source: tf.Tensor) -> bool:
     """Whether a tower was given the handle of a variable instead of its value."""
@@ -61,6 +63,38 @@ def depends_on(tensor: tf.Tensor, sources: Sequence[tf.Tensor]) -> bool:
     return False
 
 
+def varies(tensor: tf.Tensor, fixed: Sequence[tf.Tensor]) -> bool:
+    """Whether a tensor of a loop, branch or function inside of a tower may depend on the shard.
+
+    Args:
+        tensor: Tensor of a graph that is being traced inside of the tower's.
+        fixed: Tensors of the tower's graph that are the same on all towers.
+
+    Returns:
+        `False` only if it is certainly the same on all towers.
+    """
+    constant = {id(value) for value in fixed}
+    waiting, seen = [tensor], {id(tensor)}
+    while waiting:
+        value = waiting.pop()
+        if id(value) in constant or not hasattr(value, "op") or isinstance(value, tf.Variable):
+            continue
+        op, sources = value.op, list(value.op.inputs)
+        if op.type == "Placeholder":
+            captured = {id(inner): outer for outer, inner in getattr(op.graph, "captures", [])}
+            # What a loop hands on from step to step is not followed.
+            if id(value) not in captured:
+                return True
+            sources = [captured[id(value)]]
+        elif op.op_def.is_stateful and op.type not in _READS:
+            return True
+        for source in sources:
+            if id(source) not in seen:
+                seen.add(id(source))
+                waiting.append(source)
+    return False
+
+
 _READS = frozenset({"Placeholder", "ReadVariableOp", "VarHandleOp", "ResourceGather"})
 
 
@@ -79,7 +113,7 @@ def hide_sizes(part: Any) -> Any:
             return leaf
         return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
 
-    return keras.tree.map_structure(hide, part)
+    return nests.mapped(hide, part)
 
 
 def hide_value(number: tf.Tensor) -> tf.Tensor:

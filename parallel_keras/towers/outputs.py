@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import tensorflow as tf
 
-from parallel_keras.nests import flatten
+from parallel_keras.nests import flatten, flatten_with_paths
 from parallel_keras.towers.origin import Spot, body_and_inputs, depends_on_rows
 
 # For each axis whether its size follows the number of rows; `None` where nobody knows.
@@ -66,8 +65,9 @@ def whole_outputs(parts: Sequence[Any], rules: Mapping[str, str], given: Given) 
     Raises:
         ValueError: If a leaf can be merged by no rule, naming it.
     """
-    leaves = keras.tree.flatten_with_path(parts[0])
-    columns = [[keras.tree.flatten(part)[i] for part in parts] for i in range(len(leaves))]
+    flat = [flatten_with_paths(part) for part in parts]
+    leaves = flat[0]
+    columns = [[leaf for _, leaf in column] for column in zip(*flat, strict=True)]
     doubtful = [
         index
         for index, (path, _) in enumerate(leaves)
@@ -174,8 +174,8 @@ def _axes_of(sizes: Callable[[int], list[Any]]) -> list[Axes]:
 
 
 def _symbolic_sizes(doubtful: list[int], given: Given, rows: int) -> list[Any]:
-    leaves = keras.tree.flatten(given.sizes(rows))
-    return [leaves[index].shape for index in doubtful]
+    leaves = flatten_with_paths(given.sizes(rows))
+    return [leaves[index][1].shape for index in doubtful]
 
 
 def _are_rows(axes: Axes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -14,6 +15,7 @@ from parallel_keras.nests import floats
 from parallel_keras.shard import Shards
 from parallel_keras.towers.losses import term_rule
 from parallel_keras.towers.outputs import Given, are_by_rows, whole_outputs
+from parallel_keras.towers.recompute import RecomputeScope
 from parallel_keras.workers.message import Message
 
 # Values that a tower gave to a variable, in order, by the number of the variable.
@@ -125,34 +127,45 @@ class Taped:
         tape: The tape of its gradients.
         sources: The tensors to take gradients for.
         sort: Takes sparse gradients apart by kind; given them, and which parts they come from.
+        number: The number of the tower, `None` if it is the only one.
     """
 
     device: str
     tape: tf.GradientTape
     sources: list[tf.Tensor]
     sort: Sort | None = None
+    number: int | None = None
 
-    def gradients(self, parts: list[tf.Tensor], upstream: Sequence[tf.Tensor | None]) -> list[Any]:
+    def gradients(
+        self,
+        parts: list[tf.Tensor],
+        upstream: Sequence[tf.Tensor | None],
+        others: Sequence[tf.Variable] = (),
+    ) -> list[Any]:
         """Gradients of the sources, computed on the tower's device.
 
         Args:
             parts: What the tower returned and a gradient may flow to.
             upstream: The gradients of those.
+            others: Further sources: variables that are not the model's. Defaults to none.
 
         Returns:
             A list, one entry for each source.
         """
+        sources = [*self.sources, *others]
         reached = [(part, up) for part, up in zip(parts, upstream, strict=True) if up is not None]
         if not reached:
-            return [None] * len(self.sources)
+            return [None] * len(sources)
         targets, ups = zip(*reached, strict=True)
+        number = self.number
+        again = contextlib.nullcontext() if number is None else RecomputeScope(number)
         with tf.device(self.device):
-            found = self.tape.gradient(list(targets), self.sources, output_gradients=list(ups))
-            return (
-                found
-                if self.sort is None
-                else self.sort(found, [up is not None for up in upstream])
-            )
+            with again:
+                found = self.tape.gradient(list(targets), sources, output_gradients=list(ups))
+            if self.sort is None:
+                return found
+            count = len(self.sources)
+            return [*self.sort(found[:count], [up is not None for up in upstream]), *found[count:]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,17 +237,22 @@ class Pass:
         """For each tower here, everything of its result that a gradient can flow to."""
         return [result.differentiable() for result in self.here]
 
-    def gradients(self, upstream: Sequence[Sequence[tf.Tensor | None]]) -> list[list[Any]]:
+    def gradients(
+        self,
+        upstream: Sequence[Sequence[tf.Tensor | None]],
+        others: Sequence[tf.Variable] = (),
+    ) -> list[list[Any]]:
         """Gradients of each tower's sources, computed on its device.
 
         Args:
             upstream: For each tower the gradients of its `parts()`.
+            others: Further sources, for all towers. Defaults to none.
 
         Returns:
             For each tower a list, one entry for each source.
         """
         columns = zip(self.tapes, self.parts(), upstream, strict=True)
-        return [tower.gradients(parts, ups) for tower, parts, ups in columns]
+        return [tower.gradients(parts, ups, others) for tower, parts, ups in columns]
 
 
 def assign(state: State) -> None:

@@ -11,14 +11,16 @@ import keras
 import tensorflow as tf
 
 from parallel_keras.devices import check_one_job
-from parallel_keras.nests import flatten, symbol
+from parallel_keras.nests import flatten, flatten_with_paths, mapped, symbol
 from parallel_keras.shard import Shards
 from parallel_keras.slices import is_sparse
 from parallel_keras.towers.collectives import Peers, make_tokens, meet, token
+from parallel_keras.towers.function import Body, Functions
 from parallel_keras.towers.graph import hide_sizes, hide_value, naming_tower
 from parallel_keras.towers.homes import Homes
 from parallel_keras.towers.links import are_far
 from parallel_keras.towers.messages import Copies, carried, sums
+from parallel_keras.towers.needs import TraceAgain
 from parallel_keras.towers.outputs import Given
 from parallel_keras.towers.results import Call, Pass, Sort, State, Taped
 from parallel_keras.towers.sparse import Sorting
@@ -30,7 +32,6 @@ from parallel_keras.workers.message import AnyWorkers, Columns
 # Towers that do not talk to each other need a token of any device.
 _ANYWHERE = ("/device:CPU:0",)
 Watch = Callable[[list[tf.Tensor], Any], list[tf.Tensor]]
-Body = Callable[..., Any]
 # What towers return and is merged on the merge device, whatever else they return.
 _CONSTANT = "constant"
 _SMALL = ("loss", "trackers", "counts", "state", _CONSTANT)
@@ -74,15 +75,17 @@ class Towers:
         self.homes = homes
         self.fingerprint = fingerprint(template)
         self.tower = Tower(template)
-        self._state_rules = StateRules(template)
+        self._state_rules = StateRules(template, self.tower.in_loops)
         synchronized = self._state_rules.synchronized
         if synchronized:
             check_one_job(devices)
         # Keras chooses XLA by itself on GPUs; towers that talk to each other cannot have it.
         alone = workers.towers == 1 or not synchronized
-        self._jit, self._eager = jit and alone, eager
+        self._eager = eager
         make_tokens(devices if synchronized else _ANYWHERE)
-        self._functions: dict[Body, Body] = {}
+        self._functions = Functions(
+            self.tower, workers, homes, jit=jit and alone, eager=eager, talks=synchronized
+        )
         self._sorting = Sorting()
         self._known_sizes: dict[str, Any] = {}
 
@@ -137,7 +140,7 @@ class Towers:
             tables: Whether of large embedding tables there may be handles instead.
                 Defaults to `False`.
         """
-        handles = tables and not (self._jit or self._eager)
+        handles = tables and not (self._functions.jit or self._eager)
         source = self.tower.tables.source if handles else read
         return [source(variable, self.homes.of(variable)) for variable in self.template.variables]
 
@@ -161,13 +164,17 @@ class Towers:
         def run(body: Body, device: str, *given: Any) -> Any:
             if watch is None:
                 return body(*given, training)
-            tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
-            tapes.append(Taped(device, tape, watch(given[0], given[-1])))
+            # It also finds the variables that Keras does not know.
+            tape = tf.GradientTape(persistent=True)
+            taped = Taped(device, tape, watch(given[0], given[-1]))
             if not self.alone:
-                tapes[-1].sort = self._sorter(body, given, training, watch)
+                taped.sort = self._sorter(body, given, training, watch)
+                taped.number = self.workers.first + self.devices.index(device)
             with tape:
-                tape.watch(tapes[-1].sources)
-                return body(*given, training)
+                tape.watch(taped.sources)
+                result = body(*given, training)
+            tapes.append(taped)
+            return result
 
         here = self.run(self.tower.call, shards, weights, run)
         results = self.workers.join(here, "call", shards)
@@ -210,7 +217,7 @@ class Towers:
                 return known
             return keras.KerasTensor((rows, *known.shape[1:]), known.dtype, sparse=known.sparse)
 
-        given = {part: keras.tree.map_structure(resized, call[part]) for part in ("args", "kwargs")}
+        given = {part: mapped(resized, call[part]) for part in ("args", "kwargs")}
         key = str(given)
         if key not in self._known_sizes:
             self._known_sizes[key] = self.template.compute_output_spec(
@@ -242,8 +249,23 @@ class Towers:
             What each tower returned, small things on the merge device.
         """
         inline = inline or are_far((*self.devices, self.merge_device))
-        # A function called by XLA is never inlined, and may not be told so.
-        function = self._traced(body, inline=inline or self._jit or len(shards.parts) == 1)
+        try:
+            return self._run(body, shards, weights, call, inline=inline)
+        except TraceAgain as found:
+            # Each time something is learned, so this ends.
+            self._functions.learn(found)
+            return self.run(body, shards, weights, call, inline=inline)
+
+    def _run(
+        self,
+        body: Body,
+        shards: Shards,
+        weights: list[tf.Tensor],
+        call: Callable[..., Any],
+        *,
+        inline: bool,
+    ) -> list[Any]:
+        inline = inline or len(shards.parts) == 1
         peers = self._peers(shards)
         copies = Copies(weights, [self.homes.of(v) for v in self.tower.variables[: len(weights)]])
         results = []
@@ -251,8 +273,9 @@ class Towers:
             number = self.workers.first + index
             with tf.device(device), naming_tower(number, device):
                 told = hide_value(tf.constant(number)) if len(shards.rows) > 1 else None
-                copied = copies.at(device)
-                result = call(function, device, copied, told, peers[index], self._blur(part))
+                function = self._functions.of(body, number, inline=inline)
+                given = self._functions.given(device, copies.at(device), told)
+                result = call(function, device, given, told, peers[index], self._blur(part))
                 results.append(self._brought(result, device, first=index == 0))
         return results
 
@@ -353,32 +376,17 @@ class Towers:
         """The tensors of a tower's part that other towers do not have."""
         return [
             leaf
-            for path, leaf in keras.tree.flatten_with_path(part)
+            for path, leaf in flatten_with_paths(part)
             if not (path and self.rules.get(str(path[-1])) == "whole")
             if tf.is_tensor(leaf) and leaf.shape.rank != 0
         ]
-
-    def _traced(self, body: Body, *, inline: bool) -> Body:
-        # One tower in a graph needs no function: nothing is traced twice, as without this library.
-        alone = self.alone and not self._jit and not tf.executing_eagerly()
-        if self._eager or alone:
-            return body
-        if body not in self._functions:
-            self._functions[body] = tf.function(
-                body,
-                autograph=False,
-                reduce_retracing=True,
-                jit_compile=self._jit or None,
-                experimental_attributes=None if inline else {"_noinline": True},
-            )
-        return self._functions[body]
 
     def _peers(self, shards: Shards) -> list[Peers | tf.Tensor | None]:
         """What joins the towers of one pass, or keeps them apart."""
         devices = self.devices[: len(shards.parts)]
         workers, synchronized = self.workers, self._state_rules.synchronized
         single = len(devices) == 1 and not (synchronized and workers.size > 1)
-        if single or self._eager or self._jit:
+        if single or self._eager or self._functions.jit:
             return [None] * len(devices)
         if not synchronized:
             return [token(*_ANYWHERE)] * len(devices)

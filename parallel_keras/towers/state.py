@@ -1,6 +1,6 @@
 """Which variable of a model is merged by which rule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -42,9 +42,12 @@ class StateRules:
 
     Args:
         template: The model whose variables are meant.
+        in_loops: The ids of the variables of which only the last value is known. Defaults
+            to none.
     """
 
-    def __init__(self, template: keras.Model) -> None:
+    def __init__(self, template: keras.Model, in_loops: Collection[int] = ()) -> None:
+        self._in_loops = in_loops
         layers = _compat.all_layers(template)
         self._normalizations = [
             layer
@@ -113,6 +116,8 @@ class StateRules:
         """
         alike: dict[Any, list[tuple[int, int]]] = {}
         for layer in self._normalizations:
+            if id(layer.moving_mean) in self._in_loops:
+                continue
             pair = index_of[id(layer.moving_mean)], index_of[id(layer.moving_variance)]
             if all(index in towers[0] for index in pair):
                 kind = (layer.momentum, layer.moving_mean.dtype, len(towers[0][pair[0]]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -13,7 +14,7 @@ from parallel_keras.towers.collectives import Peers, talking_to
 from parallel_keras.towers.graph import depends_on
 from parallel_keras.towers.losses import activity_penalty
 from parallel_keras.towers.results import Call, CallResult, Updates
-from parallel_keras.towers.scope import TowerScope
+from parallel_keras.towers.scope import Assigned, Lent, TowerScope
 from parallel_keras.towers.weights import Tables
 
 
@@ -25,12 +26,27 @@ class Tower:
 
     Attributes:
         tables: The embedding tables that stay where they are.
+        count: How many variables the template has.
+        in_loops: The ids of the variables of which only the last value is known, because they
+            were assigned inside of a loop or condition.
     """
 
     def __init__(self, template: keras.Model) -> None:
         self.template = template
         self.tables = Tables(template)
         self._variables: list[keras.Variable] = list(template.variables)
+        self.count = len(self._variables)
+        self.in_loops: set[int] = set()
+        self._lent = Lent()
+
+    @contextlib.contextmanager
+    def lent(self, lent: Lent) -> Iterator[None]:
+        """Inside, scopes have this besides the values of variables."""
+        self._lent, before = lent, self._lent
+        try:
+            yield
+        finally:
+            self._lent = before
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -73,8 +89,13 @@ class Tower:
         values: Sequence[tf.Tensor] = (),
     ) -> TowerScope:
         """A scope in which the template's variables, and others, have these values."""
-        given = self._variables[: len(weights)]
-        return TowerScope([*given, *others], [*weights, *values], number)
+        # There are more variables than the template's only where it assigned those of others.
+        pairs = zip(self._variables, [*weights, *self._lent.extras], strict=False)
+        known = [(variable, given) for variable, given in pairs if given is not None]
+        variables = [variable for variable, _ in known]
+        return TowerScope(
+            [*variables, *others], [*(given for _, given in known), *values], number, self._lent
+        )
 
     def call_template(self, scope: TowerScope, call: Call, training: Any) -> Any:
         """Calls the template with the masks of its arguments attached to them."""
@@ -110,14 +131,26 @@ class Tower:
         constant: Updates = {}
         leaves = tf.nest.flatten(varies, expand_composites=True)
         sources = [leaf for leaf in leaves if isinstance(leaf, tf.Tensor)]
-        for variable, values in scope.updates.values():
-            if id(variable) in ignored:
-                continue
-            tied = not tf.executing_eagerly() and not depends_on(values[-1], sources)
-            (constant if tied else varying)[self._index(variable)] = values
+        for assigned in scope.updates.values():
+            if id(assigned.variable) not in ignored:
+                updates = varying if self._varies(assigned, sources) else constant
+                updates[self.index(assigned.variable)] = self._values(assigned)
         return varying, constant
 
-    def _index(self, variable: keras.Variable) -> int:
+    def _varies(self, assigned: Assigned, sources: Sequence[tf.Tensor]) -> bool:
+        if tf.executing_eagerly():
+            return True
+        if assigned.stand_in is not None:
+            return assigned.varies
+        return depends_on(assigned.values[-1], sources)
+
+    def _values(self, assigned: Assigned) -> list[tf.Tensor]:
+        if assigned.stand_in is None or not assigned.inside:
+            return assigned.values
+        self.in_loops.add(id(assigned.variable))
+        return [assigned.stand_in.read_value()]
+
+    def index(self, variable: keras.Variable) -> int:
         """The number of a variable; one that is not the template's gets the next."""
         for index, known in enumerate(self._variables):
             if known is variable:

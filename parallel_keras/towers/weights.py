@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.towers.graph import calling, is_handle
-from parallel_keras.towers.scope import TowerScope
+
+if TYPE_CHECKING:
+    from parallel_keras.towers.scope import TowerScope
 
 # A smaller table is copied as a whole with the other weights: over PCIe 4 that takes less than
 # 50 microseconds, and a tower would wait about as long for a lookup on another device.

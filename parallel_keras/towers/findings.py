@@ -1,0 +1,280 @@
+"""What the graph of a tower tells after it was traced: one look, one table of what to do.
+
+A tower is meant to be a pure function. Code of a model can do what makes it none, or what makes
+copies of one trace disturb each other. The operations of its graph show that:
+
+| found in the graph                                      | what it leads to                     |
+|---------------------------------------------------------|--------------------------------------|
+| random operations that took a seed when they were traced | a trace for each tower              |
+| Python functions that a gradient may go through         | a trace for each tower               |
+| a custom gradient that uses a weight it does not take   | such weights are read as variables   |
+| the handle of a weight that the tower was not given     | that weight is read as a variable    |
+| an assignment to what is no variable of Keras           | refused                              |
+| a change to a table                                     | refused                              |
+| a resource that calls wait for, in towers that talk     | refused                              |
+
+Most models do nothing of this, and the look is all that they pay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from parallel_keras.towers.function_bodies import Bodies
+from parallel_keras.towers.naming import Outside, name_of
+from parallel_keras.towers.needs import Needs, TraceAgain
+
+if TYPE_CHECKING:
+    from parallel_keras.towers.tower import Tower
+
+_RANDOM = frozenset(
+    {
+        "Multinomial",
+        "ParameterizedTruncatedNormal",
+        "RandomGamma",
+        "RandomPoissonV2",
+        "RandomShuffle",
+        "RandomStandardNormal",
+        "RandomUniform",
+        "RandomUniformInt",
+        "TruncatedNormal",
+    }
+)
+# What reads a resource: all calls of one function may do so at the same time.
+_READS = frozenset(
+    {
+        "Identity", "LookupTableExportV2", "LookupTableFindV2", "LookupTableSizeV2",
+        "ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VarIsInitializedOp",
+        "VariableShape",
+    }
+)  # fmt: skip
+_CHANGES_TABLE = ("LookupTableImportV2", "LookupTableInsertV2", "LookupTableRemoveV2")
+_ASSIGNS = ("Assign", "Resource", "Rng", "Stateful")
+
+
+@dataclasses.dataclass
+class Trace:
+    """A tower that was just traced.
+
+    Attributes:
+        graph: Its graph.
+        tower: The tower.
+        needs: What it was traced with.
+        given: What stood for each variable.
+        inner: The graphs of loops, branches and functions in which weights were read.
+        talks: Whether towers wait for each other in the middle.
+        alone: Whether there is one tower only.
+        jit: Whether XLA compiles it.
+    """
+
+    graph: Any
+    tower: Tower
+    needs: Needs
+    given: list[Any]
+    inner: list[Any]
+    talks: bool
+    alone: bool
+    jit: bool
+
+    def __post_init__(self) -> None:
+        """Reads the graph, once."""
+        self.bodies = Bodies(self.graph)
+        self.by_type: dict[str, list[tf.Operation]] = defaultdict(list)
+        for op in self.graph.get_operations():
+            self.by_type[op.type].append(op)
+
+    def nodes(self, kinds: frozenset[str]) -> Iterator[Any]:
+        """The `NodeDef`s of operations of some types, inside of functions, too."""
+        for kind in kinds & self.by_type.keys():
+            yield from (op.node_def for op in self.by_type[kind])
+        # Only what is stateful can hold something that is.
+        for kind in {"Case", "If", "StatefulPartitionedCall", "While"} & self.by_type.keys():
+            for op in self.by_type[kind]:
+                yield from (node for node in self.bodies.nodes(op) if node.op in kinds)
+
+    def captured(self) -> Iterator[tuple[tf.Tensor, list[str]]]:
+        """The handles that the tower was not given, and the types of operations that use them."""
+        stand_ins = [value for value in self.given if isinstance(value, tf.Variable)]
+        known = self.variables()
+        given = {id(value.handle) for value in stand_ins} - known.keys()
+        for outer, inner in self.graph.captures:
+            if inner.dtype == tf.resource and id(outer) not in given:
+                yield outer, list(self.bodies.users(inner))
+
+    def variables(self) -> dict[int, keras.Variable]:
+        """The variables that the tower knows, by the id of their handle."""
+        known = self.tower.variables
+        values = [(variable, variable.value) for variable in known]
+        return {id(v.handle): variable for variable, v in values if isinstance(v, tf.Variable)}
+
+
+def look_at(trace: Trace) -> None:
+    """Looks at what a tower did.
+
+    Args:
+        trace: The tower that was just traced.
+
+    Raises:
+        TraceAgain: If it needs something that it was traced without.
+        ValueError: If it does what cannot be made right, naming the layer.
+    """
+    for look in _TABLE:
+        look(trace)
+
+
+def _streams(trace: Trace) -> None:
+    if trace.alone or trace.needs.apart:
+        return
+    drawn = trace.nodes(_RANDOM)
+    if any(node.attr["seed"].i or node.attr["seed2"].i for node in drawn):
+        raise TraceAgain(apart=True)
+    # TensorFlow keeps the way back of such a function under a key that all copies share.
+    if any(trace.nodes(frozenset({"EagerPyFunc"}))):
+        raise TraceAgain(apart=True)
+
+
+def _hidden(trace: Trace) -> None:
+    """Weights that a custom gradient uses: TensorFlow finds them by looking for variables."""
+    found: set[int] = set()
+    for graph in {id(graph): graph for graph in (trace.graph, *trace.inner)}.values():
+        weights = _weights_in(graph, trace)
+        for op in graph.get_operations():
+            if op.type == "IdentityN" and _is_custom_gradient(op):
+                found |= _used_but_not_taken(op, weights)
+    _read_as_variables(trace, [trace.tower.variables[index] for index in sorted(found)])
+
+
+def _is_custom_gradient(op: tf.Operation) -> bool:
+    try:
+        return bool(op.get_attr("_gradient_op_type").startswith(b"CustomGradient"))
+    except ValueError:
+        return False
+
+
+def _weights_in(graph: Any, trace: Trace) -> dict[int, int]:
+    """The number of a weight by the id of the tensor that it is in a graph."""
+    if graph is trace.graph:
+        tensors = enumerate(trace.given)
+        return {id(value): index for index, value in tensors if isinstance(value, tf.Tensor)}
+    outside = _weights_in(graph.outer_graph, trace) if graph.outer_graph is not None else {}
+    return {id(inner): outside[id(x)] for x, inner in graph.captures if id(x) in outside}
+
+
+def _used_but_not_taken(op: tf.Operation, weights: dict[int, int]) -> set[int]:
+    """The numbers of the weights behind what a custom gradient returns, up to what it takes.
+
+    The operation's inputs are first what it returns and then what it takes.
+    """
+    ends = {id(value) for value in op.inputs}
+    found, taken, seen = set(), set(), set()
+    for result in op.inputs:
+        if id(result) in taken:
+            continue
+        waiting = [result]
+        while waiting:
+            for value in waiting.pop().op.inputs:
+                if id(value) in ends:
+                    taken.add(id(value))
+                elif id(value) in weights:
+                    found.add(weights[id(value)])
+                elif id(value) not in seen:
+                    seen.add(id(value))
+                    waiting.append(value)
+    return found
+
+
+def _read_as_variables(trace: Trace, variables: list[keras.Variable]) -> None:
+    if variables:
+        # XLA reads only variables that are on the device that it compiles for.
+        raise TraceAgain(as_variables=variables, no_xla=trace.jit and not trace.alone)
+
+
+def _resources(trace: Trace) -> None:
+    """Variables and tables that are not Keras', and what else TensorFlow orders calls by."""
+    if trace.alone:
+        return
+    handles = [(outer, users) for outer, users in trace.captured() if set(users) - _READS]
+    known = trace.variables()
+    for outer, users in handles:
+        name = name_of(trace.tower.template, outer)
+        if id(outer) in known:
+            name = f"variable {known[id(outer)].path!r}"
+        if set(users) & set(_CHANGES_TABLE):
+            refuse(
+                trace.tower.template, f"The model changes a table: {name}", "outside of its call"
+            )
+        elif any(user.startswith(_ASSIGNS) and user not in _READS for user in users):
+            refuse(
+                trace.tower.template,
+                f"The model assigns to {name}, {_UNSEEN}",
+                _REMEDY,
+            )
+        elif trace.talks:
+            refuse(
+                trace.tower.template,
+                f"Layers add up over all towers, but towers wait for each other to use {name}",
+                "without synchronized=True",
+            )
+
+
+def refuse(template: keras.Model, what: str, remedy: str) -> None:
+    """Refuses what each tower would do where one device does it once.
+
+    Args:
+        template: The model.
+        what: Sentence that names the layer.
+        remedy: How to do it instead.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"{what}. Each of several towers would do it, where one device does it once. "
+        f"Received: template={template.name!r}. Do it {remedy}, or use one device: devices=1."
+    )
+
+
+@contextlib.contextmanager
+def look_at_untraced(template: keras.Model) -> Iterator[None]:
+    """Looks at what a tower that has no graph does inside.
+
+    Args:
+        template: The model.
+
+    Raises:
+        ValueError: If it changes what is not Keras' and not traced.
+    """
+    outside = Outside(template)
+    before = outside.values()
+    yield
+    for (name, old), (_, new) in zip(before, outside.values(), strict=True):
+        same = len(old) == len(new) and all(map(np.array_equal, old, new))
+        if not same:
+            refuse(template, f"The model assigns to {name}, {_UNSEEN}", _REMEDY)
+
+
+_UNSEEN = "in a way that Keras does not see"
+_REMEDY = "with a variable of Keras (self.add_weight(...), keras.random.SeedGenerator())"
+
+
+def _weights(trace: Trace) -> None:
+    """Weights that something else than Keras reads, such as a function that was loaded."""
+    known = trace.variables()
+    missing = [
+        known[id(outer)]
+        for outer, _ in trace.captured()
+        if id(outer) in known
+        and trace.tower.index(known[id(outer)]) not in trace.needs.as_variables
+    ]
+    _read_as_variables(trace, [variable for variable in missing if variable.trainable])
+
+
+_TABLE: tuple[Callable[[Trace], None], ...] = (_streams, _hidden, _resources, _weights)
