@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.utils import io_utils as _io_utils
+from tensorflow.python.ops import gradients_util as _gradients_util
 
 
 def get_mask(tensor: Any) -> Any:
@@ -50,6 +51,21 @@ def in_stateless_scope() -> bool:
     scope can be queried publicly.
     """
     return _backend.in_stateless_scope()
+
+
+def gradient_order(tensors: list[Any]) -> int:
+    """How often the tapes that record now may differentiate what is computed from tensors.
+
+    A `tf.GradientTape` has no public way to tell what it watches, or whether there is one.
+    Goes when there is.
+
+    Args:
+        tensors: List of tensors.
+
+    Returns:
+        0 if no tape watches them, 1 if one does, once; 2 if it may be more often or further.
+    """
+    return int(_gradients_util.PossibleTapeGradientTypes(tensors)) if tensors else 0
 
 
 def training_of_call(layer: keras.layers.Layer) -> Any:

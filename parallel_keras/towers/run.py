@@ -64,7 +64,7 @@ class Towers:
         self.workers = workers
         self.fingerprint = fingerprint(template)
         self.tower = Tower(template)
-        self._state_rules = StateRules(template)
+        self._state_rules = StateRules(template, self.tower.moving, rules)
         synchronized = self._state_rules.synchronized
         if synchronized:
             check_one_job(devices)
@@ -132,7 +132,13 @@ class Towers:
         return [source(variable) for variable in self.template.variables]
 
     def forward(
-        self, shards: Shards, weights: list[tf.Tensor], training: Any, watch: Watch | None = None
+        self,
+        shards: Shards,
+        weights: list[tf.Tensor],
+        training: Any,
+        watch: Watch | None = None,
+        *,
+        once: bool = False,
     ) -> Pass:
         """Calls the template on all towers.
 
@@ -142,6 +148,9 @@ class Towers:
             training: Bool or `None`, the argument of that name.
             watch: Function from a tower's weights and its part of the call to
                 the tensors that gradients will be taken for. Defaults to none.
+            once: Whether gradients are taken once, and not of gradients. Else TensorFlow
+                prepares for derivatives of derivatives, which takes longer than the forward
+                pass, and which some operations do not have. Defaults to `False`.
 
         Returns:
             The `Pass`.
@@ -151,7 +160,7 @@ class Towers:
         def run(body: Body, device: str, *given: Any) -> Any:
             if watch is None:
                 return body(*given, training)
-            tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+            tape = tf.GradientTape(persistent=not once, watch_accessed_variables=False)
             tapes.append(Taped(device, tape, watch(given[0], given[-1])))
             if not self.alone:
                 tapes[-1].sort = self._sorter(body, given, training, watch)

@@ -12,6 +12,7 @@ from parallel_keras import _compat
 from parallel_keras.towers.collectives import Peers, talking_to
 from parallel_keras.towers.graph import depends_on
 from parallel_keras.towers.losses import activity_penalty
+from parallel_keras.towers.moving import Moving
 from parallel_keras.towers.results import Call, CallResult, Updates
 from parallel_keras.towers.scope import TowerScope
 from parallel_keras.towers.weights import Tables
@@ -25,11 +26,13 @@ class Tower:
 
     Attributes:
         tables: The embedding tables that stay where they are.
+        moving: Finds out how layers move floats.
     """
 
     def __init__(self, template: keras.Model) -> None:
         self.template = template
         self.tables = Tables(template)
+        self.moving = Moving(template)
         self._variables: list[keras.Variable] = list(template.variables)
 
     @property
@@ -80,7 +83,8 @@ class Tower:
         """Calls the template with the masks of its arguments attached to them."""
         keras.tree.map_structure(_compat.set_mask, call["args"], call["masks"])
         layers = _compat.all_layers(self.template)
-        with scope.telling_activity(layers), self.tables.looking_up(scope):
+        noting = self.moving.noting_calls()
+        with scope.telling_activity(layers), self.tables.looking_up(scope), noting:
             return self.template(*call["args"], training=training, **call["kwargs"])
 
     def terms(self, scope: TowerScope) -> dict[str, list[tf.Tensor]]:
