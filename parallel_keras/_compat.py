@@ -18,6 +18,7 @@ from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
 from tensorflow.python.eager import context as _context
 from tensorflow.python.eager.polymorphic_function import autograph_util as _autograph
 from tensorflow.python.framework import auto_control_deps_utils as _control_deps
+from tensorflow.python.ops import gradients_util as _gradients_util
 
 
 def get_mask(tensor: Any) -> Any:
@@ -58,6 +59,21 @@ def in_stateless_scope() -> bool:
     scope can be queried publicly.
     """
     return _backend.in_stateless_scope()
+
+
+def gradient_order(tensors: list[Any]) -> int:
+    """How often the tapes that record now may differentiate what is computed from tensors.
+
+    A `tf.GradientTape` has no public way to tell what it watches, or whether there is one.
+    Goes when there is.
+
+    Args:
+        tensors: List of tensors.
+
+    Returns:
+        0 if no tape watches them, 1 if one does, once; 2 if it may be more often or further.
+    """
+    return int(_gradients_util.PossibleTapeGradientTypes(tensors)) if tensors else 0
 
 
 def training_of_call(layer: keras.layers.Layer) -> Any:

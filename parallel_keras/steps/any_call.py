@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from parallel_keras import merge
+from parallel_keras import _compat, merge
 from parallel_keras.nests import flatten, floats, is_float, replaced
 from parallel_keras.shard import Shards
 from parallel_keras.towers.results import Call, Merged, Pass, assign
@@ -24,10 +24,13 @@ class DifferentiablePass:
 
     Args:
         towers: The `Towers`.
+        once: Whether gradients are taken once at most, and not of gradients; `None` to ask
+            the tapes that record now. Defaults to `None`.
     """
 
-    def __init__(self, towers: Towers) -> None:
+    def __init__(self, towers: Towers, *, once: bool | None = None) -> None:
         self._towers = towers
+        self._once = once
         self._trainable = towers.trainable
         self._weights = towers.read_weights()
         # Gradients flow through these from the merged outputs to the towers', and from
@@ -49,7 +52,8 @@ class DifferentiablePass:
         def watch(copied: list[tf.Tensor], part: Any) -> list[tf.Tensor]:
             return [*(copied[index] for index in self._trainable), *floats(part)]
 
-        self._pass = self._towers.forward(shards, self._weights, training, watch)
+        once = bool(self._once)
+        self._pass = self._towers.forward(shards, self._weights, training, watch, once=once)
         return self._pass
 
     def merge(self, results: Pass) -> Merged:
@@ -73,10 +77,14 @@ class DifferentiablePass:
         shared = self._towers.workers.shared
         weights = shared([self._weights[index] for index in self._trainable])
         inputs = [shared([leaf])[0] for leaf in floats(call)]
+        if self._once is None:
+            self._once = _compat.gradient_order([*weights, *inputs]) == 1
         merged: list[Merged] = []
 
         @tf.custom_gradient
         def forward(*values: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
+            if self._once:  # Tapes outside would record the towers too, and so go further.
+                values = tuple(tf.stop_gradient(value) for value in values)
             for index, value in zip(self._trainable, values, strict=False):
                 self._weights[index] = value
             self._inputs = list(values[len(self._trainable) :])
@@ -84,7 +92,8 @@ class DifferentiablePass:
             flat = [next(leaves) if is_float(leaf) else leaf for leaf in flatten(call)]
             given = tf.nest.pack_sequence_as(call, flat, expand_composites=True)
             merged.append(flow(self, given))
-            results = floats(merged[0])
+            # A function with a gradient must return something that can have one.
+            results = floats(merged[0]) or [tf.zeros(())]
 
             def gradient(*upstream: Any, variables: Any = None) -> Any:
                 others = self._others(variables or ())
@@ -140,3 +149,23 @@ class DifferentiablePass:
             found = zip(*[tower[len(tower) - len(others) :] for tower in towers], strict=True)
             summed = [merge.total(column) for column in found]
         return [*weights, *inputs, *summed]
+
+
+def without_gradient(merged: Merged, error: Exception) -> Merged:
+    """What a call gave that cannot be differentiated; who tries nevertheless is told why.
+
+    Args:
+        merged: The `Merged`.
+        error: What is raised then.
+    """
+
+    @tf.custom_gradient
+    def forward(*values: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
+        def gradient(*upstream: Any, variables: Any = None) -> Any:
+            del upstream, variables
+            raise error
+
+        return list(values), gradient
+
+    results = floats(merged)
+    return Merged(*replaced(tuple(merged), forward(*results), is_float)) if results else merged

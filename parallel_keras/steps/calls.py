@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.steps.any_call import DifferentiablePass
+from parallel_keras.nests import floats
+from parallel_keras.steps.any_call import DifferentiablePass, without_gradient
 from parallel_keras.steps.loss_on_merged import Recording
 from parallel_keras.towers.results import Call, Merged
+from parallel_keras.towers.weights import read
 
 if TYPE_CHECKING:
     from parallel_keras.towers.run import Towers
@@ -33,7 +36,8 @@ class Calls:
         self.towers = towers
         self._eager = eager
         self._flows: dict[CodeType, Flow] = {}
-        self._recording: Recording | None = None
+        # One for each thread: one may predict while another trains.
+        self._recordings: dict[int, Recording] = {}
         self._function: Any = None
         self._traced_for: tuple[Any, ...] = ()
 
@@ -50,33 +54,65 @@ class Calls:
         """
         # What is defined inside of a `call` is a new function each time, and would be traced anew.
         flow = self._flows.setdefault(flow.__code__, flow)
-        if self._recording is not None and self._recording.is_free:
-            return flow(self._recording, call, training)
-        if tf.executing_eagerly() and not self._eager and not _compat.in_stateless_scope():
-            return self._as_function()(flow, call, training)
-        return self._to_any_order(flow, call, training)
+        recording = self._recordings.get(threading.get_ident())
+        if recording is not None and recording.is_free:
+            return flow(recording, call, training)
+        if not tf.executing_eagerly() or _compat.in_stateless_scope():
+            return self._in_graph(flow, call, training)
+        order = self._order(call)
+        if self._eager:
+            return self._to_order(flow, call, training, order)
+        return self._as_function()(flow, call, training, order)
 
     @contextlib.contextmanager
     def record(self, tape: tf.GradientTape | None) -> Iterator[Recording]:
         """The first call inside is the step's forward pass, see `Recording`."""
-        outer, self._recording = self._recording, Recording(self.towers(), tape)
+        thread = threading.get_ident()
+        outer = self._recordings.get(thread)
+        recording = self._recordings[thread] = Recording(self.towers(), tape)
         try:
-            yield self._recording
+            yield recording
         finally:
-            self._recording = outer
+            if outer is None:
+                del self._recordings[thread]
+            else:
+                self._recordings[thread] = outer
 
     def _as_function(self) -> Any:
         """The call as a graph: outside of one, towers would run one after the other."""
         found = self.towers().fingerprint
         if self._function is None or found != self._traced_for:
             self._traced_for = found
-            self._function = tf.function(self._to_any_order, autograph=False, reduce_retracing=True)
+            self._function = tf.function(self._to_order, autograph=False, reduce_retracing=True)
         return self._function
 
-    def _to_any_order(self, flow: Flow, call: Call, training: Any) -> Merged:
-        """A call that any tape can differentiate, to any order."""
+    def _order(self, call: Call) -> int:
+        """How often what a call gives may be differentiated; outside of graphs that is known."""
+        towers = self.towers()
+        variables = towers.template.variables
+        weights = [
+            read(variables[index], towers.homes.of(variables[index])) for index in towers.trainable
+        ]
+        return _compat.gradient_order([*weights, *floats(call)])
+
+    def _in_graph(self, flow: Flow, call: Call, training: Any) -> Merged:
+        """A call in a graph, which may be differentiated later by who calls the graph."""
+        try:
+            return self._to_order(flow, call, training, None)
+        except Exception as error:
+            if self._order(call):
+                raise
+            # Something in it has no gradient, or it is wrong in itself: then this fails, too.
+            merged = self._to_order(flow, call, training, 0)
+            return without_gradient(merged, error)
+
+    def _to_order(self, flow: Flow, call: Call, training: Any, order: int | None) -> Merged:
+        """A call that can be differentiated so often: 0, 1 or 2 for any; `None` to find out."""
+        if order == 0:
+            return flow(Recording(self.towers(), None), call, training)
 
         def pure(towers: DifferentiablePass, given: Call) -> Merged:
             return flow(towers, given, training)
 
-        return DifferentiablePass(self.towers()).differentiate(pure, call)
+        once = None if order is None else order == 1
+        return DifferentiablePass(self.towers(), once=once).differentiate(pure, call)

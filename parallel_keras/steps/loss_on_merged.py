@@ -60,7 +60,7 @@ class Recording:
             watch = _watch(towers.trainable)
         with self._unrecorded():
             weights = self._read_weights()
-            self._pass = towers.forward(shards, weights, training, watch)
+            self._pass = towers.forward(shards, weights, training, watch, once=True)
         if self._tape is not None and not towers.alone:
             self._tape.watch(self._pass.parts())
         assign(self._pass.state)

@@ -75,7 +75,8 @@ class Towers:
         self.homes = homes
         self.fingerprint = fingerprint(template)
         self.tower = Tower(template)
-        self._state_rules = StateRules(template, self.tower.in_loops)
+        loops, moving = self.tower.in_loops, self.tower.moving
+        self._state_rules = StateRules(template, loops, moving, rules)
         synchronized = self._state_rules.synchronized
         if synchronized:
             check_one_job(devices)
@@ -145,7 +146,13 @@ class Towers:
         return [source(variable, self.homes.of(variable)) for variable in self.template.variables]
 
     def forward(
-        self, shards: Shards, weights: list[tf.Tensor], training: Any, watch: Watch | None = None
+        self,
+        shards: Shards,
+        weights: list[tf.Tensor],
+        training: Any,
+        watch: Watch | None = None,
+        *,
+        once: bool = False,
     ) -> Pass:
         """Calls the template on all towers.
 
@@ -155,6 +162,9 @@ class Towers:
             training: Bool or `None`, the argument of that name.
             watch: Function from a tower's weights and its part of the call to
                 the tensors that gradients will be taken for. Defaults to none.
+            once: Whether gradients are taken once, and not of gradients. Else TensorFlow
+                prepares for derivatives of derivatives, which takes longer than the forward
+                pass, and which some operations do not have. Defaults to `False`.
 
         Returns:
             The `Pass`.
@@ -165,7 +175,7 @@ class Towers:
             if watch is None:
                 return body(*given, training)
             # It also finds the variables that Keras does not know.
-            tape = tf.GradientTape(persistent=True)
+            tape = tf.GradientTape(persistent=not once)
             taped = Taped(device, tape, watch(given[0], given[-1]))
             if not self.alone:
                 taped.sort = self._sorter(body, given, training, watch)

@@ -5,8 +5,10 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from absl import logging
 
 from parallel_keras import _compat, merge
+from parallel_keras.towers.moving import Move, Moving
 from parallel_keras.towers.results import Updates
 from parallel_keras.towers.seeds import is_seed
 
@@ -37,18 +39,27 @@ class StateRules:
     | `keras.metrics.Mean` fed with scalars     | mean weighted by rows, counted once        |
     | `aggregation="only_first_replica"`        | the first tower's                          |
     | BatchNormalization's moving statistics    | those of the whole batch                   |
-    | other floats                              | mean weighted by rows                      |
+    | other floats                              | as `Moving` finds out: the mean by rows, a |
+    |                                           | sum on a part of the old, the largest, ... |
     | other integers and booleans               | what each tower added, added up            |
 
     Args:
         template: The model whose variables are meant.
-        in_loops: The ids of the variables of which only the last value is known. Defaults
-            to none.
+        in_loops: The ids of the variables of which only the last value is known.
+        moving: Finds out how its layers move floats.
+        rules: What was declared, `"mean"` or `"sum"` by the name of a variable.
     """
 
-    def __init__(self, template: keras.Model, in_loops: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        template: keras.Model,
+        in_loops: Collection[int],
+        moving: Moving,
+        rules: Mapping[str, str],
+    ) -> None:
         self._in_loops = in_loops
         layers = _compat.all_layers(template)
+        self._moving, self._rules = moving, rules
         self._normalizations = [
             layer
             for layer in layers
@@ -61,7 +72,7 @@ class StateRules:
             getattr(layer, "synchronized", False) for layer in self._normalizations
         )
         # Counters of rows look like plain constants where the batch size is known while tracing.
-        self.counts_rows = bool(self._metric_variables) or any(
+        self.counts_rows = bool(self._metric_variables or moving.may_move) or any(
             not is_seed(variable) and not keras.backend.is_float_dtype(variable.dtype)
             for variable in template.variables
         )
@@ -148,12 +159,55 @@ class StateRules:
     ) -> tf.Tensor:
         if is_seed(variable) or variable.aggregation == "only_first_replica":
             return values[0]
-        if id(variable) in self._metric_variables or variable.aggregation == "sum":
+        added_up = not values[0].dtype.is_floating and variable.aggregation == "sum"
+        if id(variable) in self._metric_variables or added_up:
             return merge.increments(before, values, shares)
-        if values[0].dtype.is_floating or values[0].dtype.is_complex:
+        if values[0].dtype.is_floating:
+            return self._moved(variable, before, values, shares)
+        if values[0].dtype.is_complex:
             return merge.mean(values, shares)
         if tf.executing_eagerly():
             # Without a graph nothing tells a counter of steps from one of rows.
             same = tf.reduce_all(tf.equal(tf.stack(values), values[0]))
             return tf.where(same, values[0], merge.increments(before, values, shares))
         return merge.increments(before, values, shares)
+
+    def _moved(
+        self,
+        variable: keras.Variable,
+        before: tf.Tensor,
+        values: list[tf.Tensor],
+        shares: Sequence[tf.Tensor],
+    ) -> tf.Tensor:
+        if len(values) == 1:
+            return values[0]
+        declared = self._rules.get(variable.name)
+        if declared is None and variable.aggregation == "mean":
+            declared = "mean"
+        move = self._moving.move(variable) if declared is None else Move(declared)
+        if move.kind == "unknown":
+            move = Move("sum" if variable.aggregation == "sum" else "mean")
+            logging.log_first_n(
+                logging.WARNING,
+                "Variable %s depends on the rows, and it could not be found out how: it is taken "
+                "for a %s over rows. If it is not, its values differ from those on one device.",
+                1,
+                variable.path,
+                move.kind,
+            )
+        if move.kind in ("max", "min"):
+            pick = tf.reduce_max if move.kind == "max" else tf.reduce_min
+            return pick(tf.stack(values), axis=0)
+        if move.kind == "sum":
+            kept = before * tf.cast(move.decay, before.dtype)
+            return kept + merge.live_sum([value - kept for value in values], shares)
+        if move.kind == "mean":
+            return merge.mean(values, shares)
+        raise ValueError(
+            f"Variable {variable.path!r} is made of the rows in a way that parts of the batch "
+            "cannot: it is no mean or sum over rows, and not the largest or smallest of them. "
+            f"Received: name={variable.name!r}, aggregation={variable.aggregation!r}. Keep sums "
+            "and means in variables of their own, and compute from them when the layer is called; "
+            'or have it taken for a mean, which differs from one device: rules={"'
+            f'{variable.name}": "mean"}}; or use one device: devices=1.'
+        )

@@ -13,6 +13,7 @@ from parallel_keras import _compat
 from parallel_keras.towers.collectives import Peers, talking_to
 from parallel_keras.towers.graph import depends_on
 from parallel_keras.towers.losses import activity_penalty
+from parallel_keras.towers.moving import Moving
 from parallel_keras.towers.results import Call, CallResult, Updates
 from parallel_keras.towers.scope import Assigned, Lent, TowerScope
 from parallel_keras.towers.weights import Tables
@@ -29,11 +30,13 @@ class Tower:
         count: How many variables the template has.
         in_loops: The ids of the variables of which only the last value is known, because they
             were assigned inside of a loop or condition.
+        moving: Finds out how layers move floats.
     """
 
     def __init__(self, template: keras.Model) -> None:
         self.template = template
         self.tables = Tables(template)
+        self.moving = Moving(template)
         self._variables: list[keras.Variable] = list(template.variables)
         self.count = len(self._variables)
         self.in_loops: set[int] = set()
@@ -101,7 +104,8 @@ class Tower:
         """Calls the template with the masks of its arguments attached to them."""
         keras.tree.map_structure(_compat.set_mask, call["args"], call["masks"])
         layers = _compat.all_layers(self.template)
-        with scope.telling_activity(layers), self.tables.looking_up(scope):
+        noting = self.moving.noting_calls()
+        with scope.telling_activity(layers), self.tables.looking_up(scope), noting:
             return self.template(*call["args"], training=training, **call["kwargs"])
 
     def terms(self, scope: TowerScope) -> dict[str, list[tf.Tensor]]:
