@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src.utils import io_utils as _io_utils
+from tensorflow.python.framework import none_tensor as _none_tensor
 
 
 def get_mask(tensor: Any) -> Any:
@@ -54,6 +55,25 @@ def in_stateless_scope() -> bool:
     return _backend.in_stateless_scope()
 
 
+def allow_any_arguments(model: keras.Model) -> None:
+    """Lets a model take what is no tensor by position, too.
+
+    `DataParallelModel.call` cannot know the names of its template's arguments, so it takes
+    them by position, where Keras refuses flags and numbers. Keras' own layers that take
+    such arguments set this attribute. Goes when it is public.
+    """
+    model._allow_non_tensor_positional_args = True
+
+
+def is_none_spec(spec: Any) -> bool:
+    """Whether a spec of a data set stands for `None`.
+
+    TensorFlow 2.16 keeps its type to itself. Goes when all that `setup.cfg` allows have
+    `tf.NoneTensorSpec`.
+    """
+    return isinstance(spec, _none_tensor.NoneTensorSpec)
+
+
 def training_of_call(layer: keras.layers.Layer) -> Any:
     """The `training` of the call that is going on, also for layers that do not take it.
 
@@ -91,6 +111,17 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
     optimizer and the metrics. Goes when Keras hands out the arguments.
     """
     return dict(model._compile_config.config)
+
+
+def share_compiled(model: keras.Model, template: keras.Model) -> None:
+    """Gives a model the compiled losses and metrics of another, the very objects.
+
+    `compile` makes a tracker of the loss, and containers of losses and metrics, for each
+    model by itself: what one of them counts, `metrics` of the other would not know. Goes
+    when Keras lets two models share them.
+    """
+    for name in ("_loss_tracker", "_compile_loss", "_compile_metrics"):
+        vars(model)[name] = vars(template)[name]
 
 
 def data_loss(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:

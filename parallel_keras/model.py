@@ -149,6 +149,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         self.loss_on = loss_on
         self.merge_device = resolve([merge_device], task)[0]
         self.supports_masking = True
+        _compat.allow_any_arguments(self)
         # XLA compiles for one device: towers can be compiled, the step around them cannot.
         self.jit_compile = False
         self.request = {
@@ -259,6 +260,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
             "auto_scale_loss": False,
         }
         super().compile(**{**arguments, **ours})
+        _compat.share_compiled(self, self.template)
         self._run_as_compiled(jit=self.template.jit_compile, eager=self.run_eagerly)
 
     def _run_as_compiled(self, *, jit: bool = False, eager: bool = False) -> None:

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from parallel_keras import _compat
+
 _COMPOSITE = (tf.SparseTensor, tf.RaggedTensor, tf.SparseTensorSpec, tf.RaggedTensorSpec)
 
 
@@ -83,6 +85,37 @@ def is_dense(nest: Any) -> bool:
     False
     """
     return not any(isinstance(leaf, _COMPOSITE) for leaf in keras.tree.flatten(nest))
+
+
+def is_absent(spec: Any) -> bool:
+    """Whether a spec stands for `None`: an optional input that a batch does without.
+
+    Args:
+        spec: A leaf of the spec of a data set.
+
+    Returns:
+        Bool.
+
+    Example:
+    >>> from parallel_keras import nests
+    >>> data = tf.data.Dataset.from_tensors({"a": tf.zeros(3), "b": None})
+    >>> nests.is_absent(data.element_spec["b"]), nests.is_absent(data.element_spec["a"])
+    (True, False)
+    """
+    # Keras turns arrays beside a `None` into batches with an optional value that is never there.
+    return isinstance(spec, tf.OptionalSpec) or _compat.is_none_spec(spec)
+
+
+def present(spec: Any) -> Any:
+    """The spec of a batch, with `None` for what stands for it.
+
+    Args:
+        spec: Nest of `tf.TypeSpec`.
+
+    Returns:
+        A nest like it.
+    """
+    return keras.tree.map_structure(lambda leaf: None if is_absent(leaf) else leaf, spec)
 
 
 def symbol(leaf: Any) -> Any:

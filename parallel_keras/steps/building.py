@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.nests import is_dense, symbols
+from parallel_keras.nests import is_dense, present, symbols
 
 
 def before_first_step(
@@ -60,10 +60,7 @@ def build_for_step(model: keras.Model, spec: Any, *, training: bool) -> None:
         spec: The spec of a batch, as Keras' data sets have it.
         training: Whether the optimizer is needed.
     """
-    present = keras.tree.map_structure(
-        lambda leaf: None if isinstance(leaf, tf.OptionalSpec) else leaf, spec
-    )
-    data = keras.utils.unpack_x_y_sample_weight(present)
+    data = keras.utils.unpack_x_y_sample_weight(present(spec))
     if not is_dense(data):
         return
     if not model.template.built:
@@ -83,7 +80,8 @@ def _build_optimizer(optimizer: keras.optimizers.Optimizer, variables: list[Any]
 
     def build() -> None:
         if not traced:  # TensorFlow traces again what made variables.
-            with keras.name_scope(optimizer.name):
+            # By its path a variable is found in a legacy file: as where a step makes it.
+            with keras.name_scope(optimizer.name, caller=optimizer):
                 optimizer.build(variables)
         traced.append(True)
 

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
+from parallel_keras.shard import Rows
 from parallel_keras.towers.results import Updates
 from parallel_keras.towers.seeds import is_seed
 
@@ -70,6 +71,7 @@ class StateRules:
         towers: Sequence[Updates],
         constant: Updates,
         shares: Sequence[tf.Tensor],
+        rows: Sequence[Rows],
     ) -> dict[int, tf.Tensor]:
         """Merges the updates.
 
@@ -80,6 +82,7 @@ class StateRules:
                 the variable, in order.
             constant: The first tower's updates that do not depend on the shard.
             shares: The towers' shares of the batch.
+            rows: How many rows each tower has.
 
         Returns:
             The new value by the index of the variable.
@@ -88,9 +91,14 @@ class StateRules:
         merged = {index: values[-1] for index, values in constant.items()}
         varying = towers[0].keys()
         merged.update(self._normalized(index_of, before, towers, shares))
-        scalar_fed = {
-            id(metric.total) for metric in self._means if index_of.get(id(metric.count)) in constant
-        }
+        if tf.executing_eagerly():
+            scalar_fed = self._scalar_fed(index_of, before, towers, rows)
+        else:
+            scalar_fed = {
+                id(metric.total)
+                for metric in self._means
+                if index_of.get(id(metric.count)) in constant
+            }
         for index in varying - merged.keys():
             variable = variables[index]
             values = [updates[index][-1] for updates in towers]
@@ -99,6 +107,30 @@ class StateRules:
             else:
                 merged[index] = self._by_kind(variable, before[index], values, shares)
         return merged
+
+    def _scalar_fed(
+        self,
+        index_of: Mapping[int, int],
+        before: Mapping[int, Any],
+        towers: Sequence[Updates],
+        rows: Sequence[Rows],
+    ) -> set[int]:
+        """The variables of means that were fed with scalars, told without a graph.
+
+        There nothing says whether a count depends on the rows, but that it grew by as much
+        on towers with other numbers of rows, or by less than the rows that each has.
+        """
+        found: set[int] = set()
+        held = [int(count) for count in rows]
+        for metric in self._means:
+            index = index_of.get(id(metric.count))
+            if index is None or index not in towers[0]:
+                continue
+            grown = [int(updates[index][-1] - before[index]) for updates in towers]
+            by_rows = grown[0] % held[0] == 0 and len(set(held)) == 1
+            if len(set(grown)) == 1 and not by_rows:
+                found |= {id(metric.total), id(metric.count)}
+        return found
 
     def _normalized(
         self,

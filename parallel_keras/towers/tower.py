@@ -12,7 +12,7 @@ from parallel_keras import _compat
 from parallel_keras.towers.collectives import Peers, talking_to
 from parallel_keras.towers.graph import depends_on
 from parallel_keras.towers.losses import activity_penalty
-from parallel_keras.towers.results import Call, CallResult, Updates
+from parallel_keras.towers.results import Call, CallResult, Updates, by_name, given
 from parallel_keras.towers.scope import TowerScope
 from parallel_keras.towers.weights import Tables
 
@@ -81,7 +81,8 @@ class Tower:
         keras.tree.map_structure(_compat.set_mask, call["args"], call["masks"])
         layers = _compat.all_layers(self.template)
         with scope.telling_activity(layers), self.tables.looking_up(scope):
-            return self.template(*call["args"], training=training, **call["kwargs"])
+            args, kwargs = by_name(self.template, call["args"], call["kwargs"])
+            return self.template(*args, **given(training), **kwargs)
 
     def terms(self, scope: TowerScope) -> dict[str, list[tf.Tensor]]:
         """What the template's layers gave to `add_loss`, by source and number of the layer.
