@@ -177,10 +177,9 @@ def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> 
         model: The compiled model, whose `template` is built.
         data: Inputs, targets and sample weights, symbolic and dense.
     """
-    loss, metrics = model._compile_loss, model._compile_metrics
-    if (loss is None or loss.built) and (metrics is None or metrics.built):
+    if losses_and_metrics_are_built(model):
         return
-
+    loss, metrics = model._compile_loss, model._compile_metrics
     x, y, sample_weight = data
     y_pred = _backend.compute_output_spec(model.template, x, training=False)
     if loss is not None:
@@ -189,6 +188,15 @@ def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> 
         _backend.compute_output_spec(
             lambda *args: update_metrics(model, *args), y, y_pred, sample_weight
         )
+
+
+def losses_and_metrics_are_built(model: keras.Model) -> bool:
+    """Whether compiled losses and metrics have their variables.
+
+    Both say so themselves, but only the model knows them. Goes with `build_losses_and_metrics`.
+    """
+    parts = (model._compile_loss, model._compile_metrics)
+    return all(part is None or part.built for part in parts)
 
 
 def layer_metrics(model: keras.Model) -> list[keras.metrics.Metric]:

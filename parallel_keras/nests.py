@@ -66,7 +66,7 @@ def replaced(nest: Any, others: Iterable[Any], which: Callable[[Any], bool] = is
     """
     news = iter(others)
     flat = [next(news) if which(leaf) else leaf for leaf in flatten(nest)]
-    like = tf.nest.map_structure(_of_any_rows, nest)
+    like = tf.nest.map_structure(of_any_rows, nest)
     return tf.nest.pack_sequence_as(like, flat, expand_composites=True)
 
 
@@ -145,7 +145,7 @@ def symbols(nest: Any) -> Any:
     return keras.tree.map_structure(symbol, nest)
 
 
-def _of_any_rows(leaf: Any) -> Any:
+def of_any_rows(leaf: Any) -> Any:
     """What a ragged or sparse tensor is made by, without the number of its rows."""
     if isinstance(leaf, tf.RaggedTensor):
         shape = [None, *leaf.shape[1:]]

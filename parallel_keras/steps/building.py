@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.nests import is_dense, present, symbols
+from parallel_keras.nests import is_dense, is_tensor, present, symbols
 
 
 def before_first_step(
@@ -49,7 +49,14 @@ def build_template(template: keras.Model, args: tuple[Any, ...], kwargs: dict[st
         kwargs: Keyword arguments of a call.
     """
     with tf.device(None):  # Weights go where they would go without the wrapper.
-        template(*symbols(args), **kwargs)
+        try:
+            template(*symbols(args), **kwargs)
+        except Exception:
+            if not tf.executing_eagerly() or not all(map(is_tensor, keras.tree.flatten(args))):
+                raise
+            # A model that only runs eagerly: on the batch itself, and nothing is assigned.
+            with keras.StatelessScope():
+                template(*args, **kwargs)
 
 
 def build_for_step(model: keras.Model, spec: Any, *, training: bool) -> None:

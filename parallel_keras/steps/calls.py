@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.steps.any_call import DifferentiablePass
+from parallel_keras.steps.direct_calls import DirectCalls
 from parallel_keras.steps.loss_on_merged import Recording
 from parallel_keras.towers.results import Call, Merged
 
@@ -34,8 +35,7 @@ class Calls:
         self._eager = eager
         self._flows: dict[CodeType, Flow] = {}
         self._recording: Recording | None = None
-        self._function: Any = None
-        self._traced_for: tuple[Any, ...] = ()
+        self._direct = DirectCalls(towers, self._to_any_order)
 
     def differentiable(self, flow: Flow, call: Call, training: Any) -> Merged:
         """Runs a call so that gradients find their way back to the devices of the towers.
@@ -53,8 +53,8 @@ class Calls:
         if self._recording is not None and self._recording.is_free:
             return flow(self._recording, call, training)
         if tf.executing_eagerly() and not self._eager and not _compat.in_stateless_scope():
-            return self._as_function()(flow, call, training)
-        return self._to_any_order(flow, call, training)
+            return self._direct(flow, call, training)
+        return self._to_any_order(self.towers(), flow, call, training)
 
     @contextlib.contextmanager
     def record(self, tape: tf.GradientTape | None) -> Iterator[Recording]:
@@ -65,18 +65,10 @@ class Calls:
         finally:
             self._recording = outer
 
-    def _as_function(self) -> Any:
-        """The call as a graph: outside of one, towers would run one after the other."""
-        found = self.towers().fingerprint
-        if self._function is None or found != self._traced_for:
-            self._traced_for = found
-            self._function = tf.function(self._to_any_order, autograph=False, reduce_retracing=True)
-        return self._function
-
-    def _to_any_order(self, flow: Flow, call: Call, training: Any) -> Merged:
+    def _to_any_order(self, towers: Towers, flow: Flow, call: Call, training: Any) -> Merged:
         """A call that any tape can differentiate, to any order."""
 
         def pure(towers: DifferentiablePass, given: Call) -> Merged:
             return flow(towers, given, training)
 
-        return DifferentiablePass(self.towers()).differentiate(pure, call)
+        return DifferentiablePass(towers).differentiate(pure, call)

@@ -213,6 +213,8 @@ class ParallelSteps(Wrapper):
         reduction = self.loss_path.reduction
         if reduction is None or not is_dense(batch):
             return None, batch
+        if self.run_eagerly and not _compat.losses_and_metrics_are_built(self):
+            return None, batch  # Nothing is traced then; the first step makes what they need.
         build_losses_and_metrics(self, batch)
         metrics = _compat.compiled_metrics(self)
         count = not self._overrides("compute_metrics") and all(map(losses.is_additive, metrics))

@@ -1,13 +1,14 @@
 """Which variable of a model is merged by which rule."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.shard import Rows
 from parallel_keras.towers.results import Updates
 from parallel_keras.towers.seeds import is_seed
 
@@ -55,6 +56,7 @@ class StateRules:
         metrics = _compat.layer_metrics(template)
         self._metric_variables = {id(v) for metric in metrics for v in metric.variables}
         self._means = [metric for metric in metrics if isinstance(metric, keras.metrics.Mean)]
+        self._fed_scalars: set[int] = set()
         self.synchronized = any(
             getattr(layer, "synchronized", False) for layer in self._normalizations
         )
@@ -64,6 +66,28 @@ class StateRules:
             for variable in template.variables
         )
 
+    @contextlib.contextmanager
+    def noting_scalars(self) -> Iterator[None]:
+        """Inside, it is noted which means are fed with scalars.
+
+        A graph tells that their count does not depend on the shard. Without one, a scalar
+        from a tower looks like one row.
+        """
+        self._fed_scalars.clear()
+        plain = [metric for metric in self._means if type(metric) is keras.metrics.Mean]
+        try:
+            for metric in plain:
+                vars(metric)["update_state"] = functools.partial(self._update_mean, metric)
+            yield
+        finally:
+            for metric in plain:
+                del vars(metric)["update_state"]
+
+    def _update_mean(self, metric: keras.metrics.Mean, values: Any, *args: Any, **kw: Any) -> None:
+        if not keras.ops.ndim(values):
+            self._fed_scalars.add(id(metric))
+        keras.metrics.Mean.update_state(metric, values, *args, **kw)
+
     def merge(
         self,
         variables: Sequence[keras.Variable],
@@ -71,7 +95,6 @@ class StateRules:
         towers: Sequence[Updates],
         constant: Updates,
         shares: Sequence[tf.Tensor],
-        rows: Sequence[Rows],
     ) -> dict[int, tf.Tensor]:
         """Merges the updates.
 
@@ -82,7 +105,6 @@ class StateRules:
                 the variable, in order.
             constant: The first tower's updates that do not depend on the shard.
             shares: The towers' shares of the batch.
-            rows: How many rows each tower has.
 
         Returns:
             The new value by the index of the variable.
@@ -91,14 +113,12 @@ class StateRules:
         merged = {index: values[-1] for index, values in constant.items()}
         varying = towers[0].keys()
         merged.update(self._normalized(index_of, before, towers, shares))
-        if tf.executing_eagerly():
-            scalar_fed = self._scalar_fed(index_of, before, towers, rows)
-        else:
-            scalar_fed = {
-                id(metric.total)
-                for metric in self._means
-                if index_of.get(id(metric.count)) in constant
-            }
+        scalar_fed = {
+            id(variable)
+            for metric in self._means
+            if index_of.get(id(metric.count)) in constant or id(metric) in self._fed_scalars
+            for variable in (metric.total, metric.count)
+        }
         for index in varying - merged.keys():
             variable = variables[index]
             values = [updates[index][-1] for updates in towers]
@@ -107,30 +127,6 @@ class StateRules:
             else:
                 merged[index] = self._by_kind(variable, before[index], values, shares)
         return merged
-
-    def _scalar_fed(
-        self,
-        index_of: Mapping[int, int],
-        before: Mapping[int, Any],
-        towers: Sequence[Updates],
-        rows: Sequence[Rows],
-    ) -> set[int]:
-        """The variables of means that were fed with scalars, told without a graph.
-
-        There nothing says whether a count depends on the rows, but that it grew by as much
-        on towers with other numbers of rows, or by less than the rows that each has.
-        """
-        found: set[int] = set()
-        held = [int(count) for count in rows]
-        for metric in self._means:
-            index = index_of.get(id(metric.count))
-            if index is None or index not in towers[0]:
-                continue
-            grown = [int(updates[index][-1] - before[index]) for updates in towers]
-            by_rows = grown[0] % held[0] == 0 and len(set(held)) == 1
-            if len(set(grown)) == 1 and not by_rows:
-                found |= {id(metric.total), id(metric.count)}
-        return found
 
     def _normalized(
         self,
