@@ -137,19 +137,25 @@ def check_no_strategy(template: keras.Model) -> None:
             f"{type(tf.distribute.get_strategy()).__name__}. Leave out `with strategy.scope():`."
         )
     models = [layer for layer in _compat.all_layers(template) if isinstance(layer, keras.Model)]
-    strategies = [model.distribute_strategy for model in models]
+    replicated = [
+        model.distribute_strategy
+        for model in models
+        if model.distribute_strategy.num_replicas_in_sync > 1
+    ]
     optimizer = getattr(template, "optimizer", None)
     values = [variable.value for variable in [*template.variables, *_variables(optimizer)]]
-    mirrored = [value for value in values if isinstance(value, tf.distribute.DistributedValues)]
-    strategies += [value.distribute_strategy for value in mirrored]
-    for strategy in strategies:
-        if strategy.num_replicas_in_sync > 1 or mirrored:
-            raise ValueError(
-                "Expected a template that was made outside of the scope of a strategy: towers "
-                "copy plain variables, and these are one for each replica. "
-                f"Received: template={template.name!r} of {type(strategy).__name__}. "
-                "Leave out `with strategy.scope():` where the template and its optimizer are made."
-            )
+    replicated += [
+        value.distribute_strategy
+        for value in values
+        if isinstance(value, tf.distribute.DistributedValues)
+    ]
+    if replicated:
+        raise ValueError(
+            "Expected a template that was made outside of the scope of a strategy: towers "
+            "copy plain variables, and these are one for each replica. "
+            f"Received: template={template.name!r} of {type(replicated[0]).__name__}. "
+            "Leave out `with strategy.scope():` where the template and its optimizer are made."
+        )
 
 
 def _variables(optimizer: Any) -> list[Any]:
