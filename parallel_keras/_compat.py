@@ -18,6 +18,7 @@ from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
 from tensorflow.python.eager import context as _context
 from tensorflow.python.eager.polymorphic_function import autograph_util as _autograph
 from tensorflow.python.framework import auto_control_deps_utils as _control_deps
+from tensorflow.python.framework import none_tensor as _none_tensor
 from tensorflow.python.ops import gradients_util as _gradients_util
 
 
@@ -76,6 +77,25 @@ def gradient_order(tensors: list[Any]) -> int:
     return int(_gradients_util.PossibleTapeGradientTypes(tensors)) if tensors else 0
 
 
+def allow_any_arguments(model: keras.Model) -> None:
+    """Lets a model take what is no tensor by position, too.
+
+    `DataParallelModel.call` cannot know the names of its template's arguments, so it takes
+    them by position, where Keras refuses flags and numbers. Keras' own layers that take
+    such arguments set this attribute. Goes when it is public.
+    """
+    model._allow_non_tensor_positional_args = True
+
+
+def is_none_spec(spec: Any) -> bool:
+    """Whether a spec of a data set stands for `None`.
+
+    TensorFlow 2.16 keeps its type to itself. Goes when all that `setup.cfg` allows have
+    `tf.NoneTensorSpec`.
+    """
+    return isinstance(spec, _none_tensor.NoneTensorSpec)
+
+
 def training_of_call(layer: keras.layers.Layer) -> Any:
     """The `training` of the call that is going on, also for layers that do not take it.
 
@@ -113,6 +133,17 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
     optimizer and the metrics. Goes when Keras hands out the arguments.
     """
     return dict(model._compile_config.config)
+
+
+def share_compiled(model: keras.Model, template: keras.Model) -> None:
+    """Gives a model the compiled losses and metrics of another, the very objects.
+
+    `compile` makes a tracker of the loss, and containers of losses and metrics, for each
+    model by itself: what one of them counts, `metrics` of the other would not know. Goes
+    when Keras lets two models share them.
+    """
+    for name in ("_loss_tracker", "_compile_loss", "_compile_metrics"):
+        vars(model)[name] = vars(template)[name]
 
 
 def data_loss(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
@@ -168,10 +199,9 @@ def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> 
         model: The compiled model, whose `template` is built.
         data: Inputs, targets and sample weights, symbolic and dense.
     """
-    loss, metrics = model._compile_loss, model._compile_metrics
-    if (loss is None or loss.built) and (metrics is None or metrics.built):
+    if losses_and_metrics_are_built(model):
         return
-
+    loss, metrics = model._compile_loss, model._compile_metrics
     x, y, sample_weight = data
     try:
         y_pred = _backend.compute_output_spec(model.template, x, training=False)
@@ -218,6 +248,15 @@ def trace_as_step(
     return keras.tree.map_structure(
         lambda leaf: keras.KerasTensor(leaf.shape, leaf.dtype.name), traced.structured_outputs
     )
+
+
+def losses_and_metrics_are_built(model: keras.Model) -> bool:
+    """Whether compiled losses and metrics have their variables.
+
+    Both say so themselves, but only the model knows them. Goes with `build_losses_and_metrics`.
+    """
+    parts = (model._compile_loss, model._compile_metrics)
+    return all(part is None or part.built for part in parts)
 
 
 def layer_metrics(model: keras.Model) -> list[keras.metrics.Metric]:

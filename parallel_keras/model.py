@@ -82,8 +82,10 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
             with zeros. `"sum"`: outputs of rank 0 are added up; under the name
             `"add_loss"`, so are the terms that layers give to `add_loss`, which
             else are taken as means over rows. A model's only output is called
-            `"output"`. `"own"` under the name `"batch"`: with a strategy, each worker
-            feeds rows of its own. Defaults to `None`.
+            `"output"`. `"whole"` under the name `"batch"`: no batch is cut, the first
+            device runs the whole model (graph networks). `"own"` under the name
+            `"batch"`: with a strategy, each worker feeds rows of its own. Defaults to
+            `None`.
         weights_on: Where weights live, and with them what the optimizer keeps for them,
             their update and the sum of their gradients. `"spread"`: each on one of the
             towers' devices, so that each of N devices holds and sends its share, which
@@ -125,15 +127,17 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         weights_on: str = "auto",
     ) -> None:
         checks.check_arguments(template, loss_on, strategy, rules, weights_on)
+        uncut = checks.is_uncut(rules, strategy)
         if isinstance(template, DataParallelModel):
             raise ValueError(  # noqa: TRY004 (it is a keras.Model, as asked)
                 "Expected a template that is not on several devices already: towers do not hold "
                 f"towers. Received: a {type(template).__name__} on {list(template.devices)}. "
                 "Wrap what it wraps: DataParallelModel(model.template, devices=...)."
             )
+        checks.check_no_strategy(template)
         cluster = connect(strategy, feeds_own=checks.OWN_ROWS in (rules or {}).items())
         task = "" if cluster is None else cluster.task
-        names = resolve(devices, task)
+        names = resolve(devices, task)[: 1 if uncut else None]
         if cluster is not None:
             cluster.seat(len(names))
         workers = cluster or Alone(len(names))
@@ -149,6 +153,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         self.loss_on = loss_on
         self.merge_device = resolve([merge_device], task)[0]
         self.supports_masking = True
+        _compat.allow_any_arguments(self)
         # XLA compiles for one device: towers can be compiled, the step around them cannot.
         self.jit_compile = False
         self.request = {
@@ -259,6 +264,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
             "auto_scale_loss": False,
         }
         super().compile(**{**arguments, **ours})
+        _compat.share_compiled(self, self.template)
         self._run_as_compiled(jit=self.template.jit_compile, eager=self.run_eagerly)
 
     def _run_as_compiled(self, *, jit: bool = False, eager: bool = False) -> None:

@@ -12,6 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from parallel_keras import _compat
+
 _COMPOSITE = (tf.SparseTensor, tf.RaggedTensor, tf.SparseTensorSpec, tf.RaggedTensorSpec)
 
 
@@ -67,7 +69,7 @@ def replaced(nest: Any, others: Iterable[Any], which: Callable[[Any], bool] = is
     """
     news = iter(others)
     flat = [next(news) if which(leaf) else leaf for leaf in flatten(nest)]
-    like = tf.nest.map_structure(_of_any_rows, nest)
+    like = tf.nest.map_structure(of_any_rows, nest)
     return tf.nest.pack_sequence_as(like, flat, expand_composites=True)
 
 
@@ -212,6 +214,37 @@ def is_dense(nest: Any) -> bool:
     return not any(isinstance(leaf, _COMPOSITE) for _, leaf in flatten_with_paths(nest))
 
 
+def is_absent(spec: Any) -> bool:
+    """Whether a spec stands for `None`: an optional input that a batch does without.
+
+    Args:
+        spec: A leaf of the spec of a data set.
+
+    Returns:
+        Bool.
+
+    Example:
+    >>> from parallel_keras import nests
+    >>> data = tf.data.Dataset.from_tensors({"a": tf.zeros(3), "b": None})
+    >>> nests.is_absent(data.element_spec["b"]), nests.is_absent(data.element_spec["a"])
+    (True, False)
+    """
+    # Keras turns arrays beside a `None` into batches with an optional value that is never there.
+    return isinstance(spec, tf.OptionalSpec) or _compat.is_none_spec(spec)
+
+
+def present(spec: Any) -> Any:
+    """The spec of a batch, with `None` for what stands for it.
+
+    Args:
+        spec: Nest of `tf.TypeSpec`.
+
+    Returns:
+        A nest like it.
+    """
+    return keras.tree.map_structure(lambda leaf: None if is_absent(leaf) else leaf, spec)
+
+
 def symbol(leaf: Any) -> Any:
     """What Keras knows of a tensor before there is one.
 
@@ -239,7 +272,7 @@ def symbols(nest: Any) -> Any:
     return mapped(symbol, nest)
 
 
-def _of_any_rows(leaf: Any) -> Any:
+def of_any_rows(leaf: Any) -> Any:
     """What a ragged or sparse tensor is made by, without the number of its rows."""
     if isinstance(leaf, tf.RaggedTensor):
         shape = [None, *leaf.shape[1:]]

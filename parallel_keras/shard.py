@@ -10,6 +10,7 @@ from parallel_keras import nests
 
 # An int where the batch size is known while tracing, else an int32 tensor of shape ().
 Rows: TypeAlias = Any
+_UNCUT = 'rules={"batch": "whole"}'
 
 
 class Shards(NamedTuple):
@@ -102,14 +103,15 @@ def shard(
     """
     paths_and_leaves = nests.flatten_with_paths(batch)
     leaves = [_to_tensor(leaf) for _, leaf in paths_and_leaves]
+    if towers == 1:
+        total = _rows_of_first(leaves)
+        return Shards([nests.packed(batch, leaves)], [total], total)
     split = {
         index: _path_name(path)
         for index, (path, _) in enumerate(paths_and_leaves)
         if _has_rows(leaves[index]) and not (path and str(path[-1]) in whole)
     }
     total = _common_rows({name: leaves[index] for index, name in split.items()})
-    if towers == 1:
-        return Shards([nests.packed(batch, leaves)], [total], total)
     starts, sizes, rows = _cuts(total, towers, fill=here is not None)
     mine = range(len(rows)) if here is None else here
     if not rows:
@@ -157,12 +159,22 @@ def _path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(key) for key in path) or "the batch"
 
 
+def _rows_of_first(leaves: list[Any]) -> Rows:
+    """The number of rows where nothing is cut: what Keras takes for the batch size."""
+    first = next((leaf for leaf in leaves if _has_rows(leaf)), None)
+    if first is None:
+        return 1
+    known = first.shape[0] if first.shape.rank is not None else None
+    return _dynamic_rows(first) if known is None else known
+
+
 def _common_rows(leaves: dict[str, Any]) -> Rows:
     """The number of rows, the same for every leaf."""
     if not leaves:
         raise ValueError(
             "Expected a batch with at least one tensor that has rows (rank 1 or more), to share "
-            "them out among the devices. Received none. Pass the data with a leading batch axis."
+            "them out among the devices. Received none. Pass the data with a leading batch axis, "
+            f"or do not cut it: {_UNCUT}."
         )
     static = {name: leaf.shape[0] for name, leaf in leaves.items() if leaf.shape.rank is not None}
     known = {name: rows for name, rows in static.items() if rows is not None}
@@ -170,14 +182,19 @@ def _common_rows(leaves: dict[str, Any]) -> Rows:
         raise ValueError(
             "Expected every leaf of the batch to have the same number of rows. "
             f"Received: rows={known}. A leaf that every device needs whole must be declared: "
-            'DataParallelModel(..., rules={"leaf name": "whole"}).'
+            'DataParallelModel(..., rules={"leaf name": "whole"}). Where no leaf can be cut, as in '
+            f"graph networks, run the model on one device: {_UNCUT}."
         )
     unknown = [(name, leaf) for name, leaf in leaves.items() if name not in known]
     rows = next(iter(known.values())) if known else _dynamic_rows(unknown.pop(0)[1])
     # A leaf that turns out shorter at run time would be cut at the wrong places without an error.
     checks = [
         tf.debugging.assert_equal(
-            _dynamic_rows(leaf), rows, message=f"Leaf {name} has another number of rows."
+            _dynamic_rows(leaf),
+            rows,
+            message=f"Leaf {name} has another number of rows. If every device needs it whole, "
+            'declare it: rules={"leaf name": "whole"}. Where no leaf can be cut, run the model on '
+            f"one device: {_UNCUT}.",
         )
         for name, leaf in unknown
     ]

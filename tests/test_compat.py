@@ -446,3 +446,29 @@ def test_functions_of_a_graph_have_no_public_way() -> None:
         assert _compat.function_body(tf.sin(x).op) is None
     public = [name for name in dir(tf.Graph) if "function" in name and name[0] != "_"]
     assert public == ["building_function"]
+
+
+def test_none_in_a_dataset_has_a_spec_of_its_own() -> None:
+    data = tf.data.Dataset.from_tensors({"a": tf.zeros(3), "b": None})
+    assert _compat.is_none_spec(data.element_spec["b"])
+    assert not _compat.is_none_spec(data.element_spec["a"])
+
+
+def test_flags_by_position_are_refused_unless_a_layer_says_otherwise() -> None:
+    class Flips(keras.Model):
+        def call(self, x: tf.Tensor, flip: bool) -> tf.Tensor:
+            return -x if flip else x
+
+    model = Flips()
+    with pytest.raises(ValueError, match="Only input tensors may be passed as positional"):
+        model(tf.ones(2), True)
+    _compat.allow_any_arguments(model)
+    np.testing.assert_array_equal(model(tf.ones(2), True), [-1, -1])
+
+
+def test_two_models_can_share_what_they_are_compiled_with() -> None:
+    one, other = compiled(), mlp()
+    other.compile("sgd", "mse", metrics=["mae"])
+    assert [id(m) for m in other.metrics] != [id(m) for m in one.metrics]
+    _compat.share_compiled(other, one)
+    assert [id(m) for m in other.metrics] == [id(m) for m in one.metrics]

@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.nests import floats, is_dense, knows_more, symbols
+from parallel_keras.nests import floats, is_dense, is_tensor, knows_more, present, symbols
 from parallel_keras.towers.graph import calling
 
 
@@ -62,7 +62,21 @@ def build_template(template: keras.Model, args: tuple[Any, ...], kwargs: dict[st
         try:
             template(*symbols(args), **kwargs)
         except Exception as error:  # noqa: BLE001 (it is raised again if this fails, too)
-            _compat.trace_as_step(template, args, kwargs, error)
+            _build_otherwise(template, args, kwargs, error)
+
+
+def _build_otherwise(
+    template: keras.Model, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> None:
+    """Makes weights where Keras cannot find out shapes."""
+    try:
+        _compat.trace_as_step(template, args, kwargs, error)
+    except Exception:
+        if not tf.executing_eagerly() or not all(map(is_tensor, keras.tree.flatten(args))):
+            raise
+        # A model that only runs eagerly: on the batch itself, and nothing is assigned.
+        with keras.StatelessScope():
+            template(*args, **kwargs)
 
 
 def build_for_step(model: keras.Model, spec: Any, *, training: bool) -> None:
@@ -73,10 +87,7 @@ def build_for_step(model: keras.Model, spec: Any, *, training: bool) -> None:
         spec: The spec of a batch, as Keras' data sets have it.
         training: Whether the optimizer is needed.
     """
-    present = keras.tree.map_structure(
-        lambda leaf: None if isinstance(leaf, tf.OptionalSpec) else leaf, spec
-    )
-    data = keras.utils.unpack_x_y_sample_weight(present)
+    data = keras.utils.unpack_x_y_sample_weight(present(spec))
     if not is_dense(data):
         return
     if not model.template.built:
@@ -96,7 +107,8 @@ def _build_optimizer(optimizer: keras.optimizers.Optimizer, variables: list[Any]
 
     def build() -> None:
         if not traced:  # TensorFlow traces again what made variables.
-            with keras.name_scope(optimizer.name):
+            # By its path a variable is found in a legacy file: as where a step makes it.
+            with keras.name_scope(optimizer.name, caller=optimizer):
                 optimizer.build(variables)
         traced.append(True)
 

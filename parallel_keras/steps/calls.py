@@ -13,6 +13,7 @@ import tensorflow as tf
 from parallel_keras import _compat
 from parallel_keras.nests import floats
 from parallel_keras.steps.any_call import DifferentiablePass, without_gradient
+from parallel_keras.steps.direct_calls import DirectCalls
 from parallel_keras.steps.loss_on_merged import Recording
 from parallel_keras.towers.results import Call, Merged
 from parallel_keras.towers.weights import read
@@ -38,8 +39,7 @@ class Calls:
         self._flows: dict[CodeType, Flow] = {}
         # One for each thread: one may predict while another trains.
         self._recordings: dict[int, Recording] = {}
-        self._function: Any = None
-        self._traced_for: tuple[Any, ...] = ()
+        self._direct = DirectCalls(towers, self._to_order)
 
     def differentiable(self, flow: Flow, call: Call, training: Any) -> Merged:
         """Runs a call so that gradients find their way back to the devices of the towers.
@@ -61,8 +61,8 @@ class Calls:
             return self._in_graph(flow, call, training)
         order = self._order(call)
         if self._eager:
-            return self._to_order(flow, call, training, order)
-        return self._as_function()(flow, call, training, order)
+            return self._to_order(self.towers(), flow, call, training, order)
+        return self._direct(flow, call, training, order)
 
     @contextlib.contextmanager
     def record(self, tape: tf.GradientTape | None) -> Iterator[Recording]:
@@ -78,14 +78,6 @@ class Calls:
             else:
                 self._recordings[thread] = outer
 
-    def _as_function(self) -> Any:
-        """The call as a graph: outside of one, towers would run one after the other."""
-        found = self.towers().fingerprint
-        if self._function is None or found != self._traced_for:
-            self._traced_for = found
-            self._function = tf.function(self._to_order, autograph=False, reduce_retracing=True)
-        return self._function
-
     def _order(self, call: Call) -> int:
         """How often what a call gives may be differentiated; outside of graphs that is known."""
         towers = self.towers()
@@ -98,21 +90,23 @@ class Calls:
     def _in_graph(self, flow: Flow, call: Call, training: Any) -> Merged:
         """A call in a graph, which may be differentiated later by who calls the graph."""
         try:
-            return self._to_order(flow, call, training, None)
+            return self._to_order(self.towers(), flow, call, training, None)
         except Exception as error:
             if self._order(call):
                 raise
             # Something in it has no gradient, or it is wrong in itself: then this fails, too.
-            merged = self._to_order(flow, call, training, 0)
+            merged = self._to_order(self.towers(), flow, call, training, 0)
             return without_gradient(merged, error)
 
-    def _to_order(self, flow: Flow, call: Call, training: Any, order: int | None) -> Merged:
+    def _to_order(
+        self, towers: Towers, flow: Flow, call: Call, training: Any, order: int | None
+    ) -> Merged:
         """A call that can be differentiated so often: 0, 1 or 2 for any; `None` to find out."""
         if order == 0:
-            return flow(Recording(self.towers(), None), call, training)
+            return flow(Recording(towers, None), call, training)
 
         def pure(towers: DifferentiablePass, given: Call) -> Merged:
             return flow(towers, given, training)
 
         once = None if order is None else order == 1
-        return DifferentiablePass(self.towers(), once=once).differentiate(pure, call)
+        return DifferentiablePass(towers, once=once).differentiate(pure, call)

@@ -14,6 +14,7 @@ LOSS_ON = ("auto", "merged", "towers")
 WEIGHTS_ON = ("auto", "spread", "unmoved")
 RULES = ("mean", "pad", "sum", "whole")
 OWN_ROWS = ("batch", "own")
+UNCUT = ("batch", "whole")
 
 
 def check_arguments(
@@ -96,6 +97,69 @@ def place_of_weights(weights_on: str, task: str = "") -> str:
             f"Expected `weights_on` to be one of {WEIGHTS_ON}, or the name of a device. "
             f'Received: weights_on={weights_on!r}. Leave it out for "auto". ({error})'
         ) from error
+
+
+def is_uncut(rules: Mapping[str, str] | None, strategy: Any) -> bool:
+    """Whether the user wants batches not to be cut at all.
+
+    Args:
+        rules: What the user declared, by name.
+        strategy: That of the workers, if there are any.
+
+    Returns:
+        Bool.
+
+    Raises:
+        ValueError: If there are several workers, which would all compute the same.
+    """
+    uncut = UNCUT in (rules or {}).items()
+    if uncut and strategy is not None:
+        raise ValueError(
+            "Expected batches that can be cut where there are several machines: all of them would "
+            f"compute the same. Received: rules={rules!r} with a strategy. Leave out the strategy."
+        )
+    return uncut
+
+
+def check_no_strategy(template: keras.Model) -> None:
+    """Refuses models of a `tf.distribute` strategy, whose variables are one for each replica.
+
+    Args:
+        template: The model.
+
+    Raises:
+        ValueError: Naming the strategy.
+    """
+    if tf.distribute.has_strategy():
+        raise ValueError(
+            "Expected to wrap a model outside of the scope of a strategy: towers and replicas "
+            "would both cut the batch. Received: a scope of "
+            f"{type(tf.distribute.get_strategy()).__name__}. Leave out `with strategy.scope():`."
+        )
+    models = [layer for layer in _compat.all_layers(template) if isinstance(layer, keras.Model)]
+    replicated = [
+        model.distribute_strategy
+        for model in models
+        if model.distribute_strategy.num_replicas_in_sync > 1
+    ]
+    optimizer = getattr(template, "optimizer", None)
+    values = [variable.value for variable in [*template.variables, *_variables(optimizer)]]
+    replicated += [
+        value.distribute_strategy
+        for value in values
+        if isinstance(value, tf.distribute.DistributedValues)
+    ]
+    if replicated:
+        raise ValueError(
+            "Expected a template that was made outside of the scope of a strategy: towers "
+            "copy plain variables, and these are one for each replica. "
+            f"Received: template={template.name!r} of {type(replicated[0]).__name__}. "
+            "Leave out `with strategy.scope():` where the template and its optimizer are made."
+        )
+
+
+def _variables(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "variables", []))
 
 
 def check_template(template: keras.Model, towers: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from parallel_keras.nests import symbol
+from parallel_keras.nests import present, symbol
 
 
 def first_batch(data: Any) -> tuple[Any, Any]:
@@ -50,7 +50,8 @@ def _inputs(batch: Any) -> Any:
 
 
 def _symbols(nest: Any) -> Any:
-    leaves = keras.tree.flatten(nest)
+    nest = present(nest)
+    leaves = [leaf for leaf in keras.tree.flatten(nest) if leaf is not None]
     known = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") and _rank(leaf) for leaf in leaves]
     return keras.tree.map_structure(_symbol, nest) if leaves and all(known) else None
 
@@ -59,6 +60,8 @@ def _rank(leaf: Any) -> int:
     return tf.TensorShape(leaf.shape).rank or 0
 
 
-def _symbol(leaf: Any) -> keras.KerasTensor:
+def _symbol(leaf: Any) -> keras.KerasTensor | None:
+    if leaf is None:
+        return None
     whole = symbol(leaf)
     return keras.KerasTensor((None, *whole.shape[1:]), whole.dtype, sparse=whole.sparse)

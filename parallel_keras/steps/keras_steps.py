@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from typing import Any
@@ -10,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.nests import is_dense
+from parallel_keras.nests import is_dense, tensors
 from parallel_keras.steps import checks
 from parallel_keras.steps.building import (
     before_first_step,
@@ -23,7 +24,7 @@ from parallel_keras.steps.template_steps import LEARNING, overrides
 from parallel_keras.steps.wrapper import Wrapper
 from parallel_keras.towers import losses
 from parallel_keras.towers.collectives import one_replica
-from parallel_keras.towers.results import assign
+from parallel_keras.towers.results import assign, takes_training
 
 Data = tuple[Any, Any, Any]
 
@@ -40,8 +41,12 @@ class ParallelSteps(Wrapper):
         Returns:
             A dict of the values of the metrics.
         """
-        if self._follows_template():
-            return self._template_steps.run("train_step", self._whole(data))
+        with self._once_there(data):
+            if self._follows_template():
+                return self._template_steps.run("train_step", self._whole(data))
+            return self._train(data)
+
+    def _train(self, data: Any) -> dict[str, Any]:
         step, batch = self._step_on_towers(data, training=True)
         if step is None:
             return self._train_on_merged(self._whole(data))
@@ -94,8 +99,10 @@ class ParallelSteps(Wrapper):
             outputs = self._template_steps.run("predict_step", self._whole(data))
             return self._workers.own_rows(outputs, data)
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        if not self.template.built:
+            self._build_template((x,), {})
         with self._calls.record(None):
-            return self._workers.own_rows(self(self._whole(x), training=False), x)
+            return self._workers.own_rows(self(self._whole(x), **self._phase(training=False)), x)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Makes the function that `fit` calls for each step, as Keras does.
@@ -141,8 +148,15 @@ class ParallelSteps(Wrapper):
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        """What the steps update: the template's own metrics where its own steps are taken."""
-        return self.template.metrics if self._follows_template() else super().metrics
+        """What the steps update: the template's metrics, then those of a subclass of this model."""
+        own = super().metrics
+        if "template" not in vars(self):
+            return own
+        metrics = list(self.template.metrics)
+        if not self._follows_template():
+            known = set(map(id, metrics))
+            metrics += [metric for metric in own if id(metric) not in known]
+        return metrics
 
     def reset_metrics(self) -> None:
         """Starts the metrics anew, as Keras does at the beginning of an epoch."""
@@ -199,6 +213,8 @@ class ParallelSteps(Wrapper):
         reduction = self.loss_path.reduction
         if reduction is None or not is_dense(batch):
             return None, batch
+        if self.run_eagerly and not _compat.losses_and_metrics_are_built(self):
+            return None, batch  # Nothing is traced then; the first step makes what they need.
         build_losses_and_metrics(self, batch)
         metrics = _compat.compiled_metrics(self)
         count = not self._overrides("compute_metrics") and all(map(losses.is_additive, metrics))
@@ -210,7 +226,7 @@ class ParallelSteps(Wrapper):
         """A training step whose loss is computed from the merged outputs."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape, self._calls.record(tape) as recording:
-            y_pred = self(x, training=True)
+            y_pred = self(x, **self._phase(training=True))
             inner = recording.penalties.watching(self.trainable_weights)
             with tf.device(self.merge_device), inner:
                 loss = self._loss(x, y, y_pred, sample_weight, training=True)
@@ -224,13 +240,27 @@ class ParallelSteps(Wrapper):
         """A test step whose loss is computed from the merged outputs."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with self._calls.record(None) as recording:
-            y_pred = self(x, training=False)
+            y_pred = self(x, **self._phase(training=False))
         inner = recording.penalties.watching(self.trainable_weights)
         with tf.device(self.merge_device):
             with inner:
                 loss = self._loss(x, y, y_pred, sample_weight, training=False)
             self._track(loss, recording.rows)
             return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _once_there(self, data: Any) -> contextlib.AbstractContextManager[Any]:
+        """Inside, nothing is done before the data is there; it matters where XLA is asked for.
+
+        What does not depend on the data, such as counting the step, would be done beside
+        reading it, also where there is none any more. XLA does not, so the bare model's
+        counter would stay behind.
+        """
+        waits = self.template.jit_compile and not tf.executing_eagerly()
+        return tf.control_dependencies(tensors(data)) if waits else contextlib.nullcontext()
+
+    def _phase(self, *, training: bool) -> dict[str, bool]:
+        """What Keras' own steps call a model with: only those that take `training` get it."""
+        return {"training": training} if takes_training(self.template) else {}
 
     def _whole(self, data: Any) -> Any:
         """The rows of all workers, where each feeds its own."""

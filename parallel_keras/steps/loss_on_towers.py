@@ -18,7 +18,7 @@ from parallel_keras.towers.collectives import talking_to
 from parallel_keras.towers.graph import hide_value
 from parallel_keras.towers.losses import term_rule
 from parallel_keras.towers.outputs import are_by_rows, are_rows, whole_outputs
-from parallel_keras.towers.results import State, Updates, as_call
+from parallel_keras.towers.results import State, Updates, as_call, takes_training
 from parallel_keras.workers.message import Message
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ class LossStep:
         tape = tf.GradientTape(watch_accessed_variables=False)
         with scope, talking_to(peers), tape:
             tape.watch(sources)
-            y_pred = tower.call_template(scope, part["call"], self.training)
+            training = self.training if takes_training(tower.template) else None
+            y_pred = tower.call_template(scope, part["call"], training)
             self._check_rows(y_pred, part)
             data_loss = _compat.data_loss(self.model, part["y"], y_pred, part["weights"])
             if scope.activities:

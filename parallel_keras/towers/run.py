@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -113,6 +115,16 @@ class Towers:
         moved = copy.copy(self)
         moved.devices = (device,)
         return moved
+
+    def untraced(self) -> Towers:
+        """These towers for a model that cannot be traced: they run one after the other."""
+        place = (self.devices, self.merge_device, self.rules, self.workers, self.homes)
+        return Towers(self.template, *place, eager=True)
+
+    @property
+    def talk(self) -> bool:
+        """Whether towers talk to each other, and so must run at the same time."""
+        return self._state_rules.synchronized and not self.alone
 
     def shard(self, batch: Any, *, fed_here: bool = False) -> Shards:
         """Cuts a batch, on the merge device.
@@ -281,7 +293,8 @@ class Towers:
         results = []
         for index, (device, part) in enumerate(zip(self.devices, shards.parts, strict=False)):
             number = self.workers.first + index
-            with tf.device(device), naming_tower(number, device):
+            noting = self._state_rules.noting_scalars() if self._eager else contextlib.nullcontext()
+            with tf.device(device), naming_tower(number, device), noting:
                 told = hide_value(tf.constant(number)) if len(shards.rows) > 1 else None
                 function = self._functions.of(body, number, inline=inline)
                 given = self._functions.given(device, copies.at(device), told)
@@ -424,19 +437,27 @@ def current(make: Callable[[], Towers]) -> Callable[[], Towers]:
     """The towers of a template as it is now, whenever asked.
 
     Weights come and go (LoRA, quantisation) and layers are frozen, without any call that
-    would tell who traced the template.
+    would tell who traced the template. And each graph is traced anew by what Python says
+    when it is made, as on one device, where nothing that was traced before is in it.
 
     Args:
         make: Makes the towers.
 
     Returns:
-        A function that gives the last ones made, or new ones where the template changed.
+        A function that gives the last ones made, or new ones where the template changed or
+        another graph is being made.
     """
-    made: list[Towers] = []
+    made: dict[bool, tuple[Towers, Any]] = {}
 
     def now() -> Towers:
-        if not made or made[0].fingerprint != fingerprint(made[0].template):
-            made[:] = [make()]
-        return made[0]
+        eager = tf.executing_eagerly()
+        graph = None if eager else tf.compat.v1.get_default_graph()
+        towers, where = made.get(eager, (None, None))
+        here = eager or (where is not None and where() is graph)
+        if towers is None or not here or towers.fingerprint != fingerprint(towers.template):
+            towers = make()
+            # Held by the graph itself, it would keep that from ever being freed.
+            made[eager] = towers, None if graph is None else weakref.ref(graph)
+        return towers
 
     return now

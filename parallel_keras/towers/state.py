@@ -1,6 +1,8 @@
 """Which variable of a model is merged by which rule."""
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -68,6 +70,7 @@ class StateRules:
         metrics = _compat.layer_metrics(template)
         self._metric_variables = {id(v) for metric in metrics for v in metric.variables}
         self._means = [metric for metric in metrics if isinstance(metric, keras.metrics.Mean)]
+        self._fed_scalars: set[int] = set()
         self.synchronized = any(
             getattr(layer, "synchronized", False) for layer in self._normalizations
         )
@@ -76,6 +79,28 @@ class StateRules:
             not is_seed(variable) and not keras.backend.is_float_dtype(variable.dtype)
             for variable in template.variables
         )
+
+    @contextlib.contextmanager
+    def noting_scalars(self) -> Iterator[None]:
+        """Inside, it is noted which means are fed with scalars.
+
+        A graph tells that their count does not depend on the shard. Without one, a scalar
+        from a tower looks like one row.
+        """
+        self._fed_scalars.clear()
+        plain = [metric for metric in self._means if type(metric) is keras.metrics.Mean]
+        try:
+            for metric in plain:
+                vars(metric)["update_state"] = functools.partial(self._update_mean, metric)
+            yield
+        finally:
+            for metric in plain:
+                del vars(metric)["update_state"]
+
+    def _update_mean(self, metric: keras.metrics.Mean, values: Any, *args: Any, **kw: Any) -> None:
+        if not keras.ops.ndim(values):
+            self._fed_scalars.add(id(metric))
+        keras.metrics.Mean.update_state(metric, values, *args, **kw)
 
     def merge(
         self,
@@ -103,7 +128,10 @@ class StateRules:
         varying = towers[0].keys()
         merged.update(self._normalized(index_of, before, towers, shares))
         scalar_fed = {
-            id(metric.total) for metric in self._means if index_of.get(id(metric.count)) in constant
+            id(variable)
+            for metric in self._means
+            if index_of.get(id(metric.count)) in constant or id(metric) in self._fed_scalars
+            for variable in (metric.total, metric.count)
         }
         for index in varying - merged.keys():
             variable = variables[index]

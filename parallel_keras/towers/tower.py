@@ -14,7 +14,7 @@ from parallel_keras.towers.collectives import Peers, talking_to
 from parallel_keras.towers.graph import depends_on
 from parallel_keras.towers.losses import activity_penalty
 from parallel_keras.towers.moving import Moving
-from parallel_keras.towers.results import Call, CallResult, Updates
+from parallel_keras.towers.results import Call, CallResult, Updates, by_name, given
 from parallel_keras.towers.scope import Assigned, Lent, TowerScope
 from parallel_keras.towers.weights import Tables
 
@@ -106,7 +106,8 @@ class Tower:
         layers = _compat.all_layers(self.template)
         noting = self.moving.noting_calls()
         with scope.telling_activity(layers), self.tables.looking_up(scope), noting:
-            return self.template(*call["args"], training=training, **call["kwargs"])
+            args, kwargs = by_name(self.template, call["args"], call["kwargs"])
+            return self.template(*args, **given(training), **kwargs)
 
     def terms(self, scope: TowerScope) -> dict[str, list[tf.Tensor]]:
         """What the template's layers gave to `add_loss`, by source and number of the layer.

@@ -1,0 +1,194 @@
+"""What Python says about a model now, so that a trace of it is not used any longer than it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+import types
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from parallel_keras import _compat
+from parallel_keras.nests import of_any_rows
+from parallel_keras.towers.results import Call
+
+# Arrays that are larger are not compared.
+_LARGEST_ARRAY = 2**16
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, np.generic, np.dtype, tf.DType)
+# Nothing changes in these, or it is known otherwise.
+_BY_IDENTITY = (
+    keras.Variable,
+    keras.KerasTensor,
+    tf.Tensor,
+    type,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    inspect.Signature,
+)
+# What Keras keeps of how objects were made, built and compiled, and no `call` reads.
+_PASSED_OVER = frozenset(
+    {"_tracker", "_auto_config", "_inbound_nodes", "_outbound_nodes", "_lock", "_losses"}
+    | {"_losses_override", "_loss_ids", "build", "quantize", "optimizer", "loss", "history"}
+    | {"_compile_loss", "_compile_metrics", "_compile_config", "_loss_tracker", "_called"}
+    | {"_compiled_trainable_state", "train_function", "test_function", "predict_function"}
+    | {"_distribute_strategy", "stop_training"}
+)
+# How TensorFlow finds the same objects once more.
+_OF_CHECKPOINTS = "_self_"
+# Numbers that TensorFlow counts up for whatever is traced.
+_COUNTED = re.compile(rb"(CustomGradient|PartitionedCall)-\d+")
+
+
+class Attributes(NamedTuple):
+    """The attributes of a model and of all that it is made of.
+
+    Attributes:
+        values: What is compared.
+        held: What was compared by identity, so that nothing else gets the same one.
+    """
+
+    values: list[Any]
+    held: list[Any]
+
+
+def attributes(model: keras.Model) -> Attributes | None:
+    """Everything that the code of Keras' own layers reads besides variables and inputs.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The `Attributes`; `None` if there is code in it that is not Keras', which may read
+        anything.
+    """
+    config = (keras.config.floatx(), keras.config.epsilon(), keras.config.image_data_format())
+    found = Attributes([config], [])
+    seen: set[int] = set()
+    layers = _compat.all_layers(model)
+    return found if all(_collect(layer, found, seen) for layer in layers) else None
+
+
+def _collect(value: Any, found: Attributes, seen: set[int]) -> bool:
+    """Adds an object; `False` if it cannot be known what it does."""
+    if isinstance(value, _PLAIN):
+        found.values.append((type(value), value))
+        return True
+    found.values.append(id(value))
+    if id(value) in seen:
+        return True
+    seen.add(id(value))
+    found.held.append(value)
+    if isinstance(value, types.FunctionType):
+        return _is_of_keras(value) and not value.__closure__
+    if isinstance(value, _BY_IDENTITY):
+        return True
+    if isinstance(value, np.ndarray):
+        found.values.append(value.tobytes() if value.nbytes <= _LARGEST_ARRAY else None)
+        return value.nbytes <= _LARGEST_ARRAY and value.dtype != object
+    if isinstance(value, dict):
+        found.values.extend(map(str, value))
+        return all(_collect(item, found, seen) for item in list(value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        found.values.append(len(value))
+        return all(_collect(item, found, seen) for item in list(value))
+    if not _is_of_keras(type(value)) or not hasattr(value, "__dict__"):
+        return False
+    items = [
+        (name, item)
+        for name, item in vars(value).items()
+        if name not in _PASSED_OVER and not name.startswith(_OF_CHECKPOINTS)
+    ]
+    found.values.extend(name for name, _ in items)
+    return all(_collect(item, found, seen) for _, item in items)
+
+
+def _is_of_keras(thing: Any) -> bool:
+    return str(thing.__module__).split(".")[0] == "keras"
+
+
+class Graph(NamedTuple):
+    """What a call of a model came to when it was traced.
+
+    Attributes:
+        digest: Of the operations and of what is returned.
+        captured: The tensors from outside that it uses.
+    """
+
+    digest: bytes
+    captured: list[tf.Tensor]
+
+    def same(self, other: Graph) -> bool:
+        """Whether another trace of the same call computes the same."""
+        pairs = zip(self.captured, other.captured, strict=False)
+        return self.digest == other.digest and all(one is two for one, two in pairs)
+
+
+def graph(tower: Any, call: Any, number: tf.TensorSpec | None, training: Any) -> Graph:
+    """Traces a tower once, to see what Python says now.
+
+    Args:
+        tower: The `Tower`.
+        call: The specs of a `Call`.
+        number: The spec of the number of the tower.
+        training: Bool or `None`, the argument of that name.
+
+    Returns:
+        The `Graph`.
+    """
+    weights = [tf.TensorSpec(v.shape, v.dtype) for v in tower.template.variables]
+    function = tf.function(tower.call, autograph=False)
+    traced = function.get_concrete_function(weights, number, None, call, training)
+    text = _without_names(traced.graph.as_graph_def())
+    returned = tf.nest.map_structure(lambda leaf: None, traced.structured_outputs)
+    captured = [outside for outside, _ in traced.graph.captures]
+    text += repr((returned, len(captured))).encode()
+    return Graph(hashlib.blake2b(text).digest(), captured)
+
+
+def _without_names(definition: tf.compat.v1.GraphDef) -> bytes:
+    """What a graph says, functions by the order in which they are used: their names are new."""
+    parts = {part.signature.name: part for part in definition.library.function}
+    if not parts:
+        return _COUNTED.sub(rb"\1", definition.SerializeToString(deterministic=True))
+    # As text: in bytes, the length of a name counts in all that it is part of.
+    texts = ["".join(map(str, definition.node))]
+    order: list[str] = []
+    for text in texts:
+        used = sorted((text.find(name), name) for name in parts if name in text)
+        new = [name for _, name in used if name not in order]
+        order += new
+        texts += [str(parts[name]) for name in new]
+    whole = _COUNTED.sub(rb"\1", "".join(texts).encode())
+    # A name may begin as another one does.
+    for name in sorted(order, key=len, reverse=True):
+        whole = whole.replace(name.encode(), b"function %d" % order.index(name))
+    return whole
+
+
+def specs(call: Call) -> Any:
+    """The specs of a call, for any number of rows."""
+
+    def spec(leaf: Any) -> Any:
+        if not tf.is_tensor(leaf):
+            return leaf
+        if isinstance(leaf, tf.Tensor):
+            return tf.TensorSpec([None, *leaf.shape[1:]] if leaf.shape.rank else [], leaf.dtype)
+        relaxed = of_any_rows(leaf)
+        return relaxed if isinstance(relaxed, tf.TypeSpec) else tf.type_spec_from_value(leaf)
+
+    return tf.nest.map_structure(spec, call)
+
+
+def kind(call: Call) -> str:
+    """What calls have in common that one trace can serve: all but the sizes."""
+
+    def sign(leaf: Any) -> str:
+        if tf.is_tensor(leaf):
+            return f"{type(leaf).__name__} of {leaf.dtype.name}, rank {leaf.shape.rank}"
+        return repr(leaf)
+
+    return repr(tf.nest.map_structure(sign, call))
