@@ -65,7 +65,7 @@ def _speed_up(drawing: figure.Figure, results: Results) -> bool:
     axes.set_xticks(every, list(map(str, every)))
     axes.set(xlabel="Towers", ylim=(0, None), title="Training, beside the bare model on one core")
     axes.set_ylabel("Times as fast")
-    axes.legend()
+    axes.legend(loc="upper left")
     return True
 
 
@@ -98,7 +98,7 @@ def _bars(
         axes.bar_label(bars, fmt="%.0f")
     axes.set_xticks(range(len(counts)), list(map(str, counts)))
     axes.set(xlabel="Devices", ylabel=label, title=title)
-    axes.legend()
+    axes.legend(loc="upper left")
     return True
 
 
