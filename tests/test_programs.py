@@ -41,7 +41,33 @@ NOT_YET = {
 HANGS = {
     recommendation.behaviour_sequence: "X16: towers that wait for one table and for each other",
 }
-SLOW: set[Make] = set()
+# Programs of more than some 8 seconds: they are long to trace, bare too.
+SLOW: set[Make] = {
+    text.translation,
+    text.bidirectional_lstm,
+    text.span_extraction,
+    text.mixture_of_experts,
+    text.recurrent_attention,
+    vision.mobile_vit,
+    vision.image_and_caption_pairs,
+    vision.image_captioning,
+    vision.object_detection,
+    vision.super_resolution,
+    generative.wasserstein_gan,
+    generative.cycle_gan,
+    generative.denoising_diffusion,
+    generative.real_nvp,
+    structured.tab_transformer,
+    structured.inputs_and_outputs,
+    structured.imbalanced_classes,
+    structured.decision_forest,
+    structured.next_frame,
+    recommendation.behaviour_sequence,
+    graph.point_net,
+    graph.all_pairs_point_net,
+    sound.speech_transformer,
+    sound.speech_by_ctc,
+}
 
 
 def programs(family: ModuleType) -> list[object]:

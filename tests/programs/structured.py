@@ -41,9 +41,9 @@ def feature_space() -> Program:
     space.adapt(tf.data.Dataset.from_tensor_slices(raw).batch(ROWS))
     x = layers.Dense(6, activation="relu")(space.get_encoded_features())
     predictions = layers.Dense(1, activation="sigmoid")(layers.Dropout(0.0)(x))
-    model = keras.Model(space.get_inputs(), predictions)
+    model = keras.Model(dict(space.get_inputs()), predictions)
     model.compile(adam(), "binary_crossentropy", metrics=["accuracy"])
-    x = {name: tf.constant(column[:, None]) for name, column in raw.items()}
+    x = {name: tf.constant(column[:, None]) for name, column in sorted(raw.items())}
     return Program(model, x, classes(ROWS, 2)[:, None])
 
 
