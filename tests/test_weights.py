@@ -110,9 +110,16 @@ def graph_of(
 
 
 def all_nodes(graph: tf.Graph) -> list[Any]:
-    """The operations of a graph and of the functions that it calls."""
+    """The operations of a graph and of the functions that it calls, each function once."""
     definition = graph.as_graph_def()
-    return [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    bodies = {body.signature.name: body.node_def for body in definition.library.function}
+    found, waiting = list(definition.node), list(definition.node)
+    while waiting:
+        name = waiting.pop().attr["f"].func.name
+        called = bodies.pop(name, ())
+        found += called
+        waiting += called
+    return found
 
 
 def reads(graph: tf.Graph, variable: keras.Variable) -> list[str]:

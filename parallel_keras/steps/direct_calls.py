@@ -10,9 +10,9 @@ import tensorflow as tf
 from absl import logging
 
 from parallel_keras.steps import python_state
-from parallel_keras.towers.results import Call, Merged
 
 if TYPE_CHECKING:
+    from parallel_keras.towers.results import Call, Merged
     from parallel_keras.towers.run import Towers
 
 

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import re
 import types
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
@@ -14,7 +14,9 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.nests import of_any_rows
-from parallel_keras.towers.results import Call
+
+if TYPE_CHECKING:
+    from parallel_keras.towers.results import Call
 
 # Arrays that are larger are not compared.
 _LARGEST_ARRAY = 2**16
