@@ -182,7 +182,7 @@ def _rebuilt(nest: Any, children: dict[Any, Any]) -> Any:
         for key, value in children.items():
             same[key] = value
         return same
-    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+    if isinstance(nest, tuple) and hasattr(nest, "__match_args__"):  # a named tuple
         return nest.__class__(*values)
     if isinstance(nest, (list, tuple)):
         return nest.__class__(values)
