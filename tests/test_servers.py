@@ -379,7 +379,8 @@ def test_a_script_and_servers_on_loopback(tmp_path: Path) -> None:
             assert re.search(r"Serving CPU:0 on 127.0.0.1:\d+ to 127.0.0.1\.", each.said)
         script = Program(command, tmp_path / "script.txt", {})
         running.append(script)
-        script.wait_for("equal", START)
+        script.wait_for("epoch 0 batch 2", START)
+        assert "equal" in script.said
         assert script.said.count("servers have no authentication") == 1
         running[1].end()
         running.append(serve(tmp_path, [f"--address={addresses[1]}"]))
