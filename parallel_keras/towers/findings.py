@@ -31,6 +31,7 @@ import tensorflow as tf
 from parallel_keras.towers.function_bodies import Bodies
 from parallel_keras.towers.naming import Outside, name_of
 from parallel_keras.towers.needs import Needs, TraceAgain
+from parallel_keras.towers.seeds import is_seed
 
 if TYPE_CHECKING:
     from parallel_keras.towers.tower import Tower
@@ -145,11 +146,16 @@ def _hidden(trace: Trace) -> None:
     """Weights that a custom gradient uses: TensorFlow finds them by looking for variables."""
     found: set[int] = set()
     for graph in {id(graph): graph for graph in (trace.graph, *trace.inner)}.values():
-        weights = _weights_in(graph, trace)
-        for op in graph.get_operations():
-            if op.type == "IdentityN" and _is_custom_gradient(op):
-                found |= _used_but_not_taken(op, weights)
-    _read_as_variables(trace, [trace.tower.variables[index] for index in sorted(found)])
+        here = graph is trace.graph
+        operations = trace.by_type["IdentityN"] if here else graph.get_operations()
+        custom = [op for op in operations if op.type == "IdentityN" and _is_custom_gradient(op)]
+        weights = _weights_in(graph, trace) if custom else {}
+        for op in custom:
+            found |= _used_but_not_taken(op, weights)
+    # A layer that is computed again draws again, and each tower from its own stream.
+    apart = not trace.alone and any(map(is_seed, trace.tower.variables))
+    variables = [trace.tower.variables[index] for index in sorted(found)]
+    _read_as_variables(trace, variables, apart=apart)
 
 
 def _is_custom_gradient(op: tf.Operation) -> bool:
@@ -191,10 +197,13 @@ def _used_but_not_taken(op: tf.Operation, weights: dict[int, int]) -> set[int]:
     return found
 
 
-def _read_as_variables(trace: Trace, variables: list[keras.Variable]) -> None:
+def _read_as_variables(
+    trace: Trace, variables: list[keras.Variable], *, apart: bool = False
+) -> None:
     if variables:
         # XLA reads only variables that are on the device that it compiles for.
-        raise TraceAgain(as_variables=variables, no_xla=trace.jit and not trace.alone)
+        no_xla = trace.jit and not trace.alone
+        raise TraceAgain(as_variables=variables, no_xla=no_xla, apart=apart)
 
 
 def _resources(trace: Trace) -> None:

@@ -15,6 +15,7 @@ from parallel_keras.towers import findings
 from parallel_keras.towers.graph import is_handle
 from parallel_keras.towers.homes import Homes
 from parallel_keras.towers.needs import Needs, TraceAgain
+from parallel_keras.towers.recompute import RecomputeScope
 from parallel_keras.towers.scope import Lent
 from parallel_keras.towers.seeds import is_seed, started, stream_of
 
@@ -75,7 +76,10 @@ class TowerFunction:
         direct = self._needs.as_variables - self._needs.stand_ins
         self._themselves = [value if i in direct else None for i, value in enumerate(given)]
         handed = [None if i in direct else value for i, value in enumerate(given)]
-        return self._function(handed, *rest)
+        # Under a tape, TensorFlow makes the function of the way back as soon as this one is called.
+        again = contextlib.nullcontext() if self._alone else RecomputeScope(self._number or 0)
+        with again:
+            return self._function(handed, *rest)
 
     def _trace(self, handed: list[Any], *rest: Any) -> Any:
         # What is read as itself is no argument: those who look for it look for itself.
