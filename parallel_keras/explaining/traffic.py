@@ -84,8 +84,30 @@ def traffic(graph: Any, handles: Mapping[int, str] | None = None, default: str =
     >>> traffic(graph).bytes
     {('/device:CPU:0', '/device:CPU:1'): 12}
     """
+    messages: dict[Way, int] = {}
+    sizes: dict[Way, int] = {}
+    sent = crossings(graph, handles, default)
+    for source, target, tensor in sorted(sent, key=lambda crossing: crossing[:2]):
+        messages[source, target] = messages.get((source, target), 0) + 1
+        sizes[source, target] = sizes.get((source, target), 0) + _bytes(tensor)
+    return Traffic(messages, sizes)
+
+
+def crossings(
+    graph: Any, handles: Mapping[int, str] | None = None, default: str = ""
+) -> list[tuple[str, str, tf.Tensor]]:
+    """The tensors that go from device to device.
+
+    Args:
+        graph: As in `traffic`.
+        handles: As in `traffic`.
+        default: As in `traffic`.
+
+    Returns:
+        A list of the device a tensor comes from, the one it goes to, and the tensor.
+    """
     places = _Places(graph, handles or {}, default or canonical("/CPU:0"))
-    sent = set()
+    sent = {}
     for operation in graph.get_operations():
         if operation.type in _OPEN or operation.type in _ANYWHERE:
             continue
@@ -95,13 +117,8 @@ def traffic(graph: Any, handles: Mapping[int, str] | None = None, default: str =
                 continue  # the name of a thing, not the thing
             source = places.of(tensor.op)
             if source and target and source != target:
-                sent.add((source, target, tensor.ref()))
-    messages: dict[Way, int] = {}
-    sizes: dict[Way, int] = {}
-    for source, target, reference in sorted(sent, key=lambda way: way[:2]):
-        messages[source, target] = messages.get((source, target), 0) + 1
-        sizes[source, target] = sizes.get((source, target), 0) + _bytes(reference.deref())
-    return Traffic(messages, sizes)
+                sent[target, tensor.ref()] = source, target, tensor
+    return list(sent.values())
 
 
 class _Places:
@@ -136,7 +153,9 @@ class _Places:
             return self.of(handles[0].op)
         if operation.type in _FOLLOWING:
             return self.of(operation.inputs[0].op)
-        return self._default
+        # What is made of constants is one.
+        made = operation.inputs and not any(self.of(tensor.op) for tensor in operation.inputs)
+        return "" if made else self._default
 
 
 def _bytes(tensor: tf.Tensor) -> int:

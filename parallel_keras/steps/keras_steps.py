@@ -19,7 +19,7 @@ from parallel_keras.steps.building import (
     build_losses_and_metrics,
 )
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch, StepResult
-from parallel_keras.steps.penalties import Penalty, penalties
+from parallel_keras.steps.penalties import Penalty, penalties, total
 from parallel_keras.steps.template_steps import LEARNING, overrides
 from parallel_keras.steps.wrapper import Wrapper
 from parallel_keras.towers import losses
@@ -279,10 +279,11 @@ class ParallelSteps(Wrapper):
     def _with_penalty(self, merged: StepResult) -> tuple[tf.Tensor, dict[int, Penalty]]:
         """The loss with the weight regularisers, which count once; those by weight."""
         found = penalties(self.trainable_weights, merged.step.towers.homes)
+        added = total(found.values())
         with tf.device(self.merge_device):
             loss = merged.loss()
-            if found:
-                loss += tf.add_n([tf.cast(each.value, loss.dtype) for each in found.values()])
+            if added:
+                loss += tf.add_n([tf.cast(number, loss.dtype) for number in added])
             return loss, found
 
     def _logs(self, merged: StepResult, loss: tf.Tensor, batch: Data) -> dict[str, Any]:

@@ -50,6 +50,10 @@ class LossResult(NamedTuple):
     state: Updates
     constant: Updates
 
+    def changed(self, **fields: Any) -> LossResult:
+        """The same, with other values in some fields."""
+        return self._replace(**fields)
+
     def message(self) -> Message:
         """What the other workers need of it."""
         state = (self.counts, self.state, self.constant)
@@ -196,7 +200,7 @@ class LossStep:
         columns = [list(column) for column in zip(*[r.gradients for r in results], strict=True)]
         rows = zip(*self.towers.summed(columns, self.model.trainable_weights), strict=True)
         pairs = zip(results, rows, strict=True)
-        return [result._replace(gradients=list(row)) for result, row in pairs]
+        return [result.changed(gradients=list(row)) for result, row in pairs]
 
     def _check_rows(self, y_pred: Any, part: dict[str, Any]) -> None:
         """Leaves the loss to the whole batch unless each output has a row for each of the batch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -55,6 +55,18 @@ def penalties(variables: Sequence[keras.Variable], homes: Homes) -> dict[int, Pe
         for index, variable in enumerate(variables)
         if variable.regularizer is not None
     }
+
+
+def total(found: Iterable[Penalty]) -> list[tf.Tensor]:
+    """The sum of the penalties of each home, there: one number to be sent, not one a weight."""
+    homes: dict[tuple[str, tf.DType], list[tf.Tensor]] = {}
+    for penalty in found:
+        homes.setdefault((penalty.home, penalty.value.dtype), []).append(penalty.value)
+    sums = []
+    for (home, _), values in homes.items():
+        with tf.device(home or None):
+            sums.append(tf.add_n(values))
+    return sums
 
 
 class Halved:

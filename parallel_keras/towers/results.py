@@ -124,6 +124,10 @@ class CallResult(NamedTuple):
         """Everything that a gradient can flow to."""
         return floats((self.outputs, self.logits, self.terms, self.activities))
 
+    def changed(self, **fields: Any) -> CallResult:
+        """The same, with other values in some fields."""
+        return self._replace(**fields)
+
     def message(self) -> Message:
         """What the other workers need of it."""
         # Terms that are no numbers may have rows, of which each tower has others.

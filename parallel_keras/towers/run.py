@@ -344,7 +344,7 @@ class Towers:
         # What is constant is taken from the first tower.
         names = [name for name in _SMALL if hasattr(result, name) and (first or name != _CONSTANT)]
         small = {name: getattr(result, name) for name in names}
-        return result._replace(**carried(small, device, self.merge_device))
+        return result.changed(**carried(small, device, self.merge_device))
 
     def _by_home(
         self, values: dict[int, tf.Tensor], homes: dict[int, str], *, to_home: bool
