@@ -26,6 +26,12 @@ def is_sparse(gradient: object) -> bool:
     return isinstance(gradient, (tf.IndexedSlices, Mapping))
 
 
+def all_sparse(gradients: Sequence[object]) -> bool:
+    """Whether there are gradients, and all of them sparse, but for towers without any."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    return bool(present) and all(map(is_sparse, present))
+
+
 def joined(parts: Sequence[tf.IndexedSlices]) -> tf.IndexedSlices:
     """Slices, one after the other.
 

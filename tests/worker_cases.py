@@ -306,6 +306,85 @@ def embedding(wrap: Any) -> Numbers:
     return found
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Positions(keras.layers.Layer):
+    """Adds a table of positions, and of words from the same table."""
+
+    def build(self, shape: Any) -> None:
+        self.table = keras.layers.Embedding(12, shape[-1])
+        self.table.build(None)
+
+    def call(self, x: Any) -> Any:
+        words = keras.ops.cast(keras.ops.abs(x[:, :, 0]) * 3, "int32") % 8
+        return x + self.table(8 + keras.ops.arange(x.shape[1])) + self.table(words)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class TakesOwnSteps(keras.Model):
+    def train_step(self, data: Any) -> Any:
+        x, y = data[0], data[1]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x, training=True) - y))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+@case
+def position_table(wrap: Any) -> Numbers:
+    """X1: rows of a table that each tower of each worker looks up for itself."""
+    found = {}
+    for kind, path in ((keras.Model, "auto"), (keras.Model, "merged"), (TakesOwnSteps, "auto")):
+        keras.utils.set_random_seed(7)
+        inputs = keras.Input((4, 3))
+        outputs = keras.layers.Dense(2)(keras.layers.Flatten()(Positions()(inputs)))
+        model = wrap(kind(inputs, outputs), loss_on=path)
+        model.compile("adam", "mse")
+        history = model.fit(
+            batches([8, 3, 1, 6], rows(18, 4, 3), rows(18, 2, seed=1)), epochs=2, verbose=0
+        )
+        key = f"{kind.__name__} {path}"
+        found |= {f"{key} {name}": value for name, value in numbers(model, history).items()}
+    return found
+
+
+@case
+def terms_of_the_loss(wrap: Any) -> Numbers:
+    """X9: with a value for each row, and of a regulariser that looks at all rows."""
+    found = {}
+    for path in ("auto", "merged"):
+        keras.utils.set_random_seed(7)
+        model = wrap(
+            keras.Sequential(
+                [
+                    keras.Input((6,)),
+                    keras.layers.Dense(5, activation="sigmoid"),
+                    AddsRows(),
+                    keras.layers.Dense(3, activity_regularizer=keras.regularizers.L2(0.1)),
+                    keras.layers.Dense(3, activity_regularizer=variance),
+                ]
+            ),
+            loss_on=path,
+        )
+        model.compile("sgd", "mse")
+        data = batches([8, 3, 1, 6], rows(18, 6), rows(18, 3, seed=1))
+        history = model.fit(data, epochs=2, verbose=0)
+        found |= {f"{path} {key}": value for key, value in numbers(model, history).items()}
+    return found
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class AddsRows(keras.layers.Layer):
+    def call(self, x: Any) -> Any:
+        self.add_loss(0.1 * keras.ops.sum(x**2, axis=-1, keepdims=True))
+        return x
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def variance(x: Any) -> Any:
+    return 0.3 * keras.ops.sum(keras.ops.var(x, axis=0))
+
+
 @case
 def own_loop(wrap: Any) -> Numbers:
     """A gradient tape, and the gradient of a gradient."""

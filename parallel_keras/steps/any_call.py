@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from parallel_keras import _compat, merge
+from parallel_keras import _compat, merge, slices
 from parallel_keras.nests import flatten, floats, is_float, replaced
 from parallel_keras.shard import Shards
 from parallel_keras.towers.results import Call, Merged, Pass, assign
@@ -127,7 +127,9 @@ class DifferentiablePass:
             ups = self._joining.gradient(results, pass_.parts(), output_gradients=list(upstream))
         towers = pass_.gradients(ups, others)
         variables = [self._towers.template.variables[index] for index in self._trainable]
-        columns = [[tower[index] for tower in towers] for index in range(count)]
+        columns = self._sparse_added_up(
+            [[tower[index] for tower in towers] for index in range(count)]
+        )
         weights = []
         for variable, column in zip(
             variables, self._towers.summed(columns, variables), strict=True
@@ -146,9 +148,18 @@ class DifferentiablePass:
                 inputs = self._cutting.gradient(
                     list(targets), self._inputs, output_gradients=list(ups)
                 )
+            if self._towers.workers.size > 1:
+                inputs = [None if found is None else slices.dense(found) for found in inputs]
             found = zip(*[tower[len(tower) - len(others) :] for tower in towers], strict=True)
             summed = [merge.total(column) for column in found]
         return [*weights, *inputs, *summed]
+
+    def _sparse_added_up(self, columns: list[list[Any]]) -> list[list[Any]]:
+        """Adds sparse gradients up over all workers, see `AnyWorkers.shared`."""
+        sparse = [i for i, column in enumerate(columns) if slices.all_sparse(column)]
+        everyone = self._towers.workers.add_up([columns[index] for index in sparse])
+        found = dict(zip(sparse, everyone, strict=True))
+        return [found.get(index, column) for index, column in enumerate(columns)]
 
 
 def without_gradient(merged: Merged, error: Exception) -> Merged:

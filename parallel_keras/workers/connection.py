@@ -129,14 +129,22 @@ class Workers:
             values: List of float tensors.
 
         Returns:
-            The same, with gradients that are summed over the workers, to any order.
+            The same, with gradients that are summed over the workers, to any order. Sparse ones
+            must have been added up before: their sum is no sum of tensors.
         """
         if not values:
             return values
 
+        def gradient(*parts: Any) -> list[Any]:
+            dense = [i for i, part in enumerate(parts) if not isinstance(part, tf.IndexedSlices)]
+            sums = summed(*[parts[index] for index in dense]) if dense else []
+            several = sums if isinstance(sums, (list, tuple)) else [sums]
+            found = dict(zip(dense, several, strict=True))
+            return [found.get(index, part) for index, part in enumerate(parts)]
+
         @tf.custom_gradient
         def spread(*given: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
-            return [tf.identity(value) for value in given], summed
+            return [tf.identity(value) for value in given], gradient
 
         @tf.custom_gradient
         def summed(*parts: tf.Tensor) -> tuple[list[tf.Tensor], Any]:
