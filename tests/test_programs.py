@@ -23,19 +23,9 @@ from tests.programs.program import BATCH, TOWERS, Make, assert_same, run
 
 # Programs that are still another number or an error on several devices, under the fault that it is.
 NOT_YET = {
-    text.mini_gpt: "X1: rows of a table that several towers look up",
-    text.translation: "X1: rows of a table that several towers look up",
     text.methods_that_prepare: "X3: fit, evaluate and predict of the template's own",
-    vision.vision_transformer: "X1: rows of a table that several towers look up",
-    vision.captcha_reader: "X17: no derivative of a derivative of CTC",
-    generative.vector_quantized_autoencoder: "X18: add_loss in a functional part of a template",
     generative.moving_codebook: "X18, then X10: a moving mean of sums over rows",
-    generative.mean_activity_autoencoder: "X9: a regulariser of the mean over rows",
-    structured.tab_transformer: "X1: rows of a table that several towers look up",
-    structured.quantile_regression: "X27: a metric that the template holds and updates in call",
     graph.molecules: "X31: ragged inputs of a template without weights",
-    graph.all_pairs_point_net: "X9: a regulariser that looks at all pairs of rows",
-    sound.speech_transformer: "X1: rows of a table that several towers look up",
 }
 # Programs that do not end on several devices, and would end the whole run with them.
 HANGS = {

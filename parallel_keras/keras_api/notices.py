@@ -66,8 +66,31 @@ class Notices:
         """
         given = inspect.signature(keras.Model.fit).bind(None, *args, **kwargs).arguments
         rows = _rows_of_a_batch(given.get("x"), given.get("batch_size"))
-        if rows is not None and len(self._devices) > 1:
-            self._batch(rows)
+        if len(self._devices) > 1:
+            self._exceptions()
+            if rows is not None:
+                self._batch(rows)
+
+    def _exceptions(self) -> None:
+        """Says what is documented to be another number than on one device."""
+        layers = _compat.all_layers(self._template)
+        random = [layer.name for layer in layers if _draws(layer)]
+        found = []
+        if random:
+            found.append(f"layer {_and_others(random)} draws other random numbers on each device")
+        by_shard = [layer.name for layer in layers if _normalises_by_shard(layer)]
+        if by_shard:
+            found.append(
+                f"layer {_and_others(by_shard)} normalises the rows of each device by themselves, "
+                "unless it is built with synchronized=True"
+            )
+        if found:
+            self._warn(
+                "exceptions",
+                "Other numbers than on one device, as documented: %s. The rest is the same; "
+                "parallel_keras.verify(parallel, batch) shows it.",
+                "; ".join(found),
+            )
 
     def _batch(self, rows: int) -> None:
         towers = len(self._devices)
@@ -90,16 +113,26 @@ class Notices:
             )
 
     def _normalising_by_shard(self) -> keras.layers.Layer | None:
-        for layer in _compat.all_layers(self._template):
-            is_normalisation = isinstance(layer, keras.layers.BatchNormalization)
-            if is_normalisation and layer.trainable and not layer.synchronized:
-                return layer
-        return None
+        return next(filter(_normalises_by_shard, _compat.all_layers(self._template)), None)
 
     def _warn(self, what: str, message: str, *arguments: Any) -> None:
         if what not in self._said:
             self._said.add(what)
             logging.warning(message, *arguments)
+
+
+def _normalises_by_shard(layer: keras.layers.Layer) -> bool:
+    is_normalisation = isinstance(layer, keras.layers.BatchNormalization)
+    return is_normalisation and layer.trainable and not layer.synchronized
+
+
+def _draws(layer: keras.layers.Layer) -> bool:
+    drawing = any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
+    return drawing and getattr(layer, "rate", None) != 0
+
+
+def _and_others(names: Sequence[str]) -> str:
+    return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def _loss_in_words(parallel: Any) -> str:
