@@ -13,9 +13,12 @@ from parallel_keras.explaining.batches import read
 from parallel_keras.explaining.explanation import Explanation
 from parallel_keras.explaining.pieces import Data, Pieces
 from parallel_keras.explaining.step_times import TowerTimes
+from parallel_keras.explaining.traffic import traffic
 from parallel_keras.model import DataParallelModel
 from parallel_keras.steps.template_steps import LEARNING, overrides
 from parallel_keras.towers import losses
+from parallel_keras.towers.homes import size_of
+from parallel_keras.towers.links import is_gpu
 
 
 def explain(parallel: DataParallelModel, batch: Any, *, repeats: int = 20) -> Explanation:
@@ -80,6 +83,7 @@ def _measure(
         watch.add(f"whole {name}", piece)
     times = watch.shortest(repeats)
     decision = losses.decide(parallel.loss)
+    busiest, busiest_bytes = _busiest(parallel, pieces, data)
     return Explanation(
         batch_size=int(shards.total),
         loss_on="towers" if pieces.divided else "merged",
@@ -91,8 +95,29 @@ def _measure(
         template=times["template"],
         reading=reading,
         eager=bool(parallel.run_eagerly),
+        homes=_homes(parallel),
+        busiest=busiest,
+        busiest_bytes=busiest_bytes,
         **_differences(times, divided=pieces.divided),
     )
+
+
+def _homes(parallel: DataParallelModel) -> dict[str, int]:
+    """The bytes of weights on each device that some live on."""
+    found: dict[str, int] = {}
+    for variable in parallel.template.variables:
+        home = parallel.homes.of(variable)
+        found[home] = found.get(home, 0) + size_of(variable)
+    return found
+
+
+def _busiest(parallel: DataParallelModel, pieces: Pieces, data: Data) -> tuple[str, int]:
+    """The device with the most to receive, or to send, in a step, and how many bytes."""
+    if parallel.run_eagerly or parallel.num_towers == 1:
+        return "", 0
+    gpus = [device for device in parallel.devices if is_gpu(device)]
+    graph = pieces.graph(data)
+    return traffic(graph, parallel.homes.handles(), gpus[0] if gpus else "").busiest
 
 
 _NOT_ROWS: Final = "an output or input is ragged or sparse, has a mask, or has no axis besides rows"

@@ -83,10 +83,25 @@ class Explanation(StepTimes):
                 f"{'speed-up':<36}{self.speed_up:>6.2f}",
                 f"{'efficiency (speed-up / towers)':<36}{self.efficiency:>6.0%}",
                 "",
+                *self._places(),
                 textwrap.fill(verdict.finding, WIDTH),
                 textwrap.fill(f"-> {verdict.remedy}", WIDTH, subsequent_indent="   "),
             ]
         )
+
+    def _places(self) -> list[str]:
+        """Where weights live, and what the busiest device has to do with it."""
+        if not self.busiest or not self.least_bytes:
+            return []
+        homes = ", ".join(f"{size / 1e6:.2f} on {home}" for home, size in self.homes.items())
+        ratio = self.busiest_bytes / self.least_bytes
+        sentences = (
+            f"Weights, in MB: {homes}. Busiest device: {self.busiest}, with "
+            f"{self.busiest_bytes / 1e6:.2f} MB to receive or to send in a step; with weights and "
+            f"gradients alone, evenly spread, it were {self.least_bytes / 1e6:.2f} MB. That is "
+            f"{ratio:.2f} times as much."
+        )
+        return [textwrap.fill(sentences, WIDTH), ""]
 
     def _rows(self) -> list[tuple[str, float]]:
         reading = (

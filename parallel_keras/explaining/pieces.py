@@ -77,6 +77,11 @@ class Pieces:
         with tf.device(self.parallel.devices[0]):
             return self.parallel.template.train_step(data)
 
+    def graph(self, data: Data) -> Any:
+        """The graph of the whole step."""
+        step = tf.function(self.parallel.train_step, autograph=False)
+        return step.get_concrete_function(data).graph
+
     def shards(self, data: Data) -> Shards:
         """The batch, cut."""
         x, y, sample_weight = data

@@ -56,6 +56,10 @@ class StepTimes:
         whole: Float, forward and backward of the whole batch on the first device.
         reading: Float, reading one batch, or `None` if no dataset was given.
         eager: Bool, whether the model was compiled with `run_eagerly=True`.
+        homes: Dict from each device that weights live on to their bytes.
+        busiest: String, the device with the most bytes to receive, or to send, in a step; empty
+            if nothing goes from device to device, or it is not known.
+        busiest_bytes: Int, those bytes, of tensors whose size is known while tracing.
     """
 
     batch_size: int
@@ -75,6 +79,9 @@ class StepTimes:
     whole: float
     reading: float | None = None
     eager: bool = False
+    homes: dict[str, int] = dataclasses.field(default_factory=dict)
+    busiest: str = ""
+    busiest_bytes: int = 0
 
     @property
     def speed_up(self) -> float:
@@ -85,6 +92,15 @@ class StepTimes:
     def efficiency(self) -> float:
         """The speed-up divided by the number of devices; 1 is perfect."""
         return self.speed_up / len(self.towers)
+
+    @property
+    def least_bytes(self) -> float:
+        """The bytes that each of N devices receives at least: 2(N-1)/N of the weights.
+
+        So much an all-reduce receives, and so much a device that has its share of the weights.
+        """
+        count = len(self.towers)
+        return 2 * (count - 1) / count * sum(self.homes.values())
 
     @property
     def waiting(self) -> float:
