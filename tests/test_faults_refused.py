@@ -29,7 +29,7 @@ def test_models_of_a_strategy_are_refused(what: str) -> None:
             optimizer = keras.optimizers.Adam()
             optimizer.build(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).variables)
         if what == "wrapping":
-            with pytest.raises(ValueError, match="outside of the scope.*MirroredStrategy"):
+            with pytest.raises(ValueError, match=r"outside of the scope.*MirroredStrategy"):
                 pk.DataParallelModel(template, 2)
             return
     if what == "inner":
@@ -38,7 +38,7 @@ def test_models_of_a_strategy_are_refused(what: str) -> None:
     if what == "optimizer":
         made.compile(optimizer, "mse")
     for devices in (1, 2):
-        with pytest.raises(ValueError, match="outside of the scope.*MirroredStrategy.*Leave out"):
+        with pytest.raises(ValueError, match=r"outside of the scope.*MirroredStrategy.*Leave out"):
             pk.DataParallelModel(made, devices)
 
 

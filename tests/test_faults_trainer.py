@@ -3,6 +3,7 @@
 The id above each test is that of the kind of fault.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ class Pieces(keras.utils.PyDataset):
         self.x, self.y, self.size = x, y, size
 
     def __len__(self) -> int:
-        return -(-len(self.y) // self.size)
+        return math.ceil(len(self.y) / self.size)
 
     def __getitem__(self, index: int) -> Any:
         cut = slice(index * self.size, (index + 1) * self.size)

@@ -68,7 +68,7 @@ def main() -> None:
     print(f"Security: {listening.SECURITY % own.address}", flush=True)
     print(f"Serving {devices} on {own.address} {limits}. Ctrl-C ends it.", flush=True)
     _until_ended()
-    # TensorFlow has no clean end of a server: it was seen to take over 20 s once a script had failed.
+    # TensorFlow has no clean end of a server: it took over 20 s once a script had failed.
     os._exit(0)
 
 

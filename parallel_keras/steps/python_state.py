@@ -1,4 +1,4 @@
-"""What Python says about a model now, so that a trace of it is not used any longer than it holds."""
+"""What Python says about a model now: whether a trace of it still holds."""
 
 from __future__ import annotations
 
@@ -84,28 +84,33 @@ def _collect(value: Any, found: Attributes, seen: set[int]) -> bool:
         return True
     seen.add(id(value))
     found.held.append(value)
+    children = _children(value, found)
+    return children is not None and all(_collect(child, found, seen) for child in children)
+
+
+def _children(value: Any, found: Attributes) -> list[Any] | None:
+    """What an object holds; `None` if it cannot be known what it does."""
     if isinstance(value, types.FunctionType):
-        return _is_of_keras(value) and not value.__closure__
-    if isinstance(value, _BY_IDENTITY):
-        return True
+        return [] if _is_of_keras(value) and not value.__closure__ else None
     if isinstance(value, np.ndarray):
-        found.values.append(value.tobytes() if value.nbytes <= _LARGEST_ARRAY else None)
-        return value.nbytes <= _LARGEST_ARRAY and value.dtype != object
+        small = value.nbytes <= _LARGEST_ARRAY
+        found.values.append(value.tobytes() if small else None)
+        return [] if small and value.dtype != object else None
     if isinstance(value, dict):
         found.values.extend(map(str, value))
-        return all(_collect(item, found, seen) for item in list(value.values()))
+        return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
         found.values.append(len(value))
-        return all(_collect(item, found, seen) for item in list(value))
-    if not _is_of_keras(type(value)) or not hasattr(value, "__dict__"):
-        return False
+        return list(value)
+    if isinstance(value, _BY_IDENTITY) or not _is_of_keras(type(value)):
+        return [] if isinstance(value, _BY_IDENTITY) else None
     items = [
         (name, item)
-        for name, item in vars(value).items()
+        for name, item in getattr(value, "__dict__", {}).items()
         if name not in _PASSED_OVER and not name.startswith(_OF_CHECKPOINTS)
     ]
     found.values.extend(name for name, _ in items)
-    return all(_collect(item, found, seen) for _, item in items)
+    return [item for _, item in items] if hasattr(value, "__dict__") else None
 
 
 def _is_of_keras(thing: Any) -> bool:
@@ -145,7 +150,7 @@ def graph(tower: Any, call: Any, number: tf.TensorSpec | None, training: Any) ->
     function = tf.function(tower.call, autograph=False)
     traced = function.get_concrete_function(weights, number, None, call, training)
     text = _without_names(traced.graph.as_graph_def())
-    returned = tf.nest.map_structure(lambda leaf: None, traced.structured_outputs)
+    returned = tf.nest.map_structure(lambda _: None, traced.structured_outputs)
     captured = [outside for outside, _ in traced.graph.captures]
     text += repr((returned, len(captured))).encode()
     return Graph(hashlib.blake2b(text).digest(), captured)
