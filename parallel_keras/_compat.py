@@ -237,6 +237,8 @@ def trace_as_step(
     """
 
     def spec(leaf: Any) -> Any:
+        if isinstance(leaf, tf.RaggedTensorSpec):
+            return leaf
         known = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
         return tf.TensorSpec(leaf.shape, leaf.dtype) if known else leaf
 

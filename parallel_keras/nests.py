@@ -272,11 +272,19 @@ def symbols(nest: Any) -> Any:
     return mapped(symbol, nest)
 
 
+def is_ragged(leaf: Any) -> bool:
+    """Whether a leaf is a ragged tensor, or its spec."""
+    return isinstance(leaf, (tf.RaggedTensor, tf.RaggedTensorSpec))
+
+
 def of_any_rows(leaf: Any) -> Any:
     """What a ragged or sparse tensor is made by, without the number of its rows."""
     if isinstance(leaf, tf.RaggedTensor):
         shape = [None, *leaf.shape[1:]]
         return tf.RaggedTensorSpec(shape, leaf.dtype, leaf.ragged_rank, leaf.row_splits.dtype)
+    if isinstance(leaf, tf.RaggedTensorSpec):
+        shape = [None, *leaf.shape[1:]]
+        return tf.RaggedTensorSpec(shape, leaf.dtype, leaf.ragged_rank, leaf.row_splits_dtype)
     if isinstance(leaf, tf.SparseTensor):
         return tf.SparseTensorSpec([None, *leaf.shape[1:]], leaf.dtype)
     return leaf

@@ -25,7 +25,6 @@ from tests.programs.program import BATCH, TOWERS, Make, assert_same, run
 NOT_YET = {
     text.methods_that_prepare: "X3: fit, evaluate and predict of the template's own",
     generative.moving_codebook: "X18, then X10: a moving mean of sums over rows",
-    graph.molecules: "X31: ragged inputs of a template without weights",
 }
 # Programs that do not end on several devices, and would end the whole run with them.
 HANGS = {

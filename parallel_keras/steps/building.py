@@ -14,7 +14,16 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.nests import floats, is_dense, is_tensor, knows_more, present, symbols
+from parallel_keras.nests import (
+    floats,
+    is_dense,
+    is_ragged,
+    is_tensor,
+    knows_more,
+    of_any_rows,
+    present,
+    symbols,
+)
 from parallel_keras.towers.graph import calling
 
 
@@ -59,6 +68,11 @@ def build_template(template: keras.Model, args: tuple[Any, ...], kwargs: dict[st
 
     # Weights go where they would go without the wrapper.
     with tf.device(None), calling(template, functools.wraps(whole)(call)):
+        if any(map(is_ragged, keras.tree.flatten(args))):
+            specs = keras.tree.map_structure(of_any_rows, args)
+            unknown = TypeError(f"Keras has no symbols of ragged tensors. Received: {specs}.")
+            _compat.trace_as_step(template, specs, kwargs, unknown)
+            return
         try:
             template(*symbols(args), **kwargs)
         except Exception as error:  # noqa: BLE001 (it is raised again if this fails, too)

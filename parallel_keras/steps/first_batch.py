@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from parallel_keras.nests import present, symbol
+from parallel_keras.nests import is_ragged, of_any_rows, present, symbol
 
 
 def first_batch(data: Any) -> tuple[Any, Any]:
@@ -60,8 +60,10 @@ def _rank(leaf: Any) -> int:
     return tf.TensorShape(leaf.shape).rank or 0
 
 
-def _symbol(leaf: Any) -> keras.KerasTensor | None:
+def _symbol(leaf: Any) -> Any:
     if leaf is None:
         return None
+    if is_ragged(leaf):
+        return of_any_rows(leaf)  # Keras has no symbol of it
     whole = symbol(leaf)
     return keras.KerasTensor((None, *whole.shape[1:]), whole.dtype, sparse=whole.sparse)
