@@ -24,11 +24,10 @@ from tests.programs.program import BATCH, TOWERS, Make, assert_same, run
 # Programs that are still another number or an error on several devices, under the fault that it is.
 NOT_YET = {
     text.methods_that_prepare: "X3: fit, evaluate and predict of the template's own",
-    generative.moving_codebook: "X18, then X10: a moving mean of sums over rows",
 }
-# Programs that do not end on several devices, and would end the whole run with them.
-HANGS = {
-    recommendation.behaviour_sequence: "X16: towers that wait for one table and for each other",
+# Programs that are refused on several devices, and what the error says.
+REFUSED: dict[Make, str] = {
+    generative.moving_codebook: "made of the rows in a way that parts of the batch cannot",
 }
 # Programs of more than some 8 seconds: they are long to trace, bare too.
 SLOW: set[Make] = {
@@ -62,11 +61,11 @@ SLOW: set[Make] = {
 def programs(family: ModuleType) -> list[object]:
     found = []
     for make in family.PROGRAMS:
+        if make in REFUSED:
+            continue
         marks = [pytest.mark.slow] if make in SLOW else []
         if make in NOT_YET:
             marks.append(pytest.mark.xfail(strict=True, reason=NOT_YET[make]))
-        if make in HANGS:
-            marks.append(pytest.mark.xfail(strict=True, run=False, reason=HANGS[make]))
         found.append(pytest.param(make, id=make.__name__, marks=marks))
     return found
 
@@ -138,14 +137,20 @@ def test_a_graph_with_other_numbers_of_nodes_and_edges_is_refused() -> None:
         run(graph.graph_attention, TOWERS)
 
 
-@pytest.mark.xfail(strict=True, reason="X24: no way to say that a model must not be cut")
+@pytest.mark.parametrize("make", REFUSED)
+def test_refused(make: Make) -> None:
+    """X10: a codebook that is a quotient of moving sums, which parts of the batch cannot move."""
+    with pytest.raises(ValueError, match=REFUSED[make]):
+        run(make, TOWERS)
+
+
 def test_a_graph_with_as_many_edges_as_nodes() -> None:
     """X24: in a ring they can be cut alike, but must not be: edges name nodes of other towers."""
     keras.utils.set_random_seed(7)
     ring = np.stack([np.arange(6), (np.arange(6) + 1) % 6], axis=1).astype("int32")
     model = graph.GraphAttentionNetwork(rows(6, 4), ring)
     expected = model([model.node_states, model.links]).numpy()
-    parallel = pk.DataParallelModel(model, TOWERS)
+    parallel = pk.DataParallelModel(model, TOWERS, rules={"batch": "whole"})
     np.testing.assert_allclose(
         parallel([model.node_states, model.links]).numpy(), expected, rtol=RTOL, atol=ATOL
     )
