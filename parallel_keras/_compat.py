@@ -286,6 +286,19 @@ def loss_owners(model: keras.Model) -> dict[int, int]:
     return {term: number for number, layer in layers for term in layer._loss_ids}
 
 
+def forget_loss_owners(model: keras.Model) -> None:
+    """Forgets which terms of `add_loss` came from where; see `loss_owners`.
+
+    Keras does so only where no call of another layer is going on. What is left are numbers
+    of terms that are gone, which new terms may get. Goes with `loss_owners`.
+
+    Args:
+        model: The model.
+    """
+    for layer in all_layers(model):
+        layer._loss_ids.clear()
+
+
 def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The model and every layer in it, each once.
 

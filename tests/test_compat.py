@@ -472,3 +472,36 @@ def test_two_models_can_share_what_they_are_compiled_with() -> None:
     assert [id(m) for m in other.metrics] != [id(m) for m in one.metrics]
     _compat.share_compiled(other, one)
     assert [id(m) for m in other.metrics] == [id(m) for m in one.metrics]
+
+
+def test_owners_of_terms_are_not_public() -> None:
+    class Adds(keras.layers.Layer):
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            self.add_loss(tf.reduce_sum(x))
+            return x
+
+    inner = Adds()
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), inner])
+    with keras.StatelessScope(collect_losses=True) as scope:
+        model(tf.ones((2, 3)))
+    (term,) = scope.losses
+    owner = _compat.loss_owners(model)[id(term)]
+    assert _compat.all_layers(model)[owner] is inner
+    _compat.forget_loss_owners(model)
+    assert _compat.loss_owners(model) == {}
+
+
+def test_what_tapes_will_ask_for_is_not_public() -> None:
+    x = tf.constant(1.0)
+    assert _compat.gradient_order([x]) == 0
+    with tf.GradientTape() as tape:
+        assert _compat.gradient_order([x]) == 0
+        tape.watch(x)
+        assert _compat.gradient_order([x]) == 1
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            assert _compat.gradient_order([x]) == 2
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        assert _compat.gradient_order([x]) == 2
+    assert _compat.gradient_order([]) == 0

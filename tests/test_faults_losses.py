@@ -43,6 +43,8 @@ TERMS: dict[str, Callable[[Any], Any]] = {
     "the whole output": lambda x: 0.1 * x**2,
     "means of columns": lambda x: 0.1 * OPS.mean(x**2, axis=0),
     "mean": lambda x: 0.1 * OPS.mean(x**2),
+    "sum": lambda x: 0.1 * OPS.sum(x**2),
+    "mean of sums": lambda x: 0.1 * OPS.mean(OPS.sum(OPS.exp(x), axis=-1)),
     "rows twice": lambda x: 0.1 * OPS.reshape(OPS.concatenate([x, x**2], axis=1), (-1, 3)),
 }
 
@@ -76,6 +78,45 @@ def test_terms_eagerly(name: str) -> None:
         run_eagerly=True,
     )
     assert_same_fit(bare, parallel, rows(13, 6), rows(13, 2), batch_size=6)
+
+
+class Encoder(keras.Model):
+    """Adds terms itself and by a layer that it calls twice, which are means and sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = keras.layers.Dense(6, activation="tanh")
+        self.adds, self.out = Adds(lambda x: 0.1 * OPS.sum(x**2)), keras.layers.Dense(2)
+
+    def call(self, x: Any) -> Any:
+        h = self.adds(self.dense(self.adds(x)))
+        self.add_loss(0.1 * OPS.mean(OPS.sum(h**2, axis=-1)))
+        self.add_loss(0.1 * OPS.sum(OPS.abs(h)))
+        self.add_loss(0.1 * OPS.sum(self.dense.kernel**2))
+        return self.out(h)
+
+
+@pytest.mark.parametrize("loss_on", ["merged", "towers"])
+def test_sums_and_means_in_one_model(loss_on: str) -> None:
+    """X9: what nobody declared is found out by trying the layer that adds it."""
+
+    def build() -> keras.Model:
+        model = Encoder()
+        model(rows(1, 6))
+        return model
+
+    bare, parallel = pair(
+        build, 3, loss_on=loss_on, loss="mse", optimizer=lambda: keras.optimizers.SGD(0.01)
+    )
+    x, y = rows(22, 6), rows(22, 2, seed=1)
+    assert_same_fit(bare, parallel, batches((7, 6, 1, 2, 6), x, y), epochs=2)
+
+
+def test_terms_that_look_at_several_rows_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """X9: a scalar that is neither a sum nor a mean."""
+    _, parallel = pair(adds(lambda x: OPS.sum(OPS.var(x, axis=0))), 3, loss="mse", optimizer="sgd")
+    parallel.fit(rows(6, 6), rows(6, 2), verbose=0)
+    assert [r for r in caplog.records if "no mean or sum over rows" in r.message]
 
 
 def test_terms_about_pairs_of_rows() -> None:

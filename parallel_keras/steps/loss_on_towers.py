@@ -163,12 +163,13 @@ class LossStep:
         scope = tower.scope(weights, number, counters, zeros)
         sources = self._sources(weights) if self.training else []
         tape = tf.GradientTape(watch_accessed_variables=False)
-        with scope, talking_to(peers), tape:
+        training = self.training if takes_training(tower.template) else None
+        with talking_to(peers), tape:
             tape.watch(sources)
-            training = self.training if takes_training(tower.template) else None
-            y_pred = tower.call_template(scope, part["call"], training)
-            self._check_rows(y_pred, part)
-            data_loss = _compat.data_loss(self.model, part["y"], y_pred, part["weights"])
+            with scope:
+                y_pred = tower.call_template(scope, part["call"], training)
+                self._check_rows(y_pred, part)
+                data_loss = _compat.data_loss(self.model, part["y"], y_pred, part["weights"])
             if scope.activities:
                 raise NeedsWholeBatch
             loss = self._weighted(data_loss, tower.terms(scope), part, *scales)

@@ -104,13 +104,15 @@ def term_rule(source: str, rules: Mapping[str, str]) -> str:
 
     Args:
         source: `"activity"` for activity regularisers, `"add_loss"` for calls of a
-            layer's own.
+            layer's own, `"found_sum"` for those that were found to be sums over rows.
         rules: What the user declared, by name.
 
     Returns:
         `"mean"`, weighted by rows, or `"sum"`.
     """
-    return ACTIVITY_RULE if source == "activity" else rules.get("add_loss", "mean")
+    if source == "activity":
+        return ACTIVITY_RULE
+    return rules.get("add_loss", "sum" if source == "found_sum" else "mean")
 
 
 def adds_up_by_rows(regularizer: Any) -> bool:

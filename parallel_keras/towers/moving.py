@@ -1,4 +1,4 @@
-"""Floats that layers move by their rows: whether by a mean, a sum, or to the largest of them.
+"""What layers make of their rows: floats that they move, and terms that they add to the loss.
 
 Nothing declares that, and a graph does not tell. So a layer that does it is tried, once, on a
 few random rows: what it makes of two groups of rows must come from what it makes of each.
@@ -16,18 +16,16 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.towers.graph import calling
-from parallel_keras.towers.seeds import is_seed
+from parallel_keras.towers.trial import Trial, is_mean, is_random, near
 
-# Rows of the groups that a layer is tried on.
-_GROUPS = {"a": 3, "b": 2, "c": 4}
-_UNKNOWN_SIZE = 3
+# The groups of rows that a layer is tried on, alone and together.
+_TRIED = ("a", "b", "c", "ab", "ac")
 # Layers whose variables are known not to move by rows, or have rules of their own.
 _KNOWN = (
     keras.layers.BatchNormalization,
     keras.layers.Normalization,
     keras.layers.SpectralNormalization,
 )
-_SAME = 1e-4
 _ROUNDING = 5e-7
 
 
@@ -58,7 +56,9 @@ class Moving:
                 moved = [v for v in layer.non_trainable_variables if _may_move(v)]
                 # Layers come before their sublayers, so the innermost one stays.
                 self._layers.update({id(variable): layer for variable in moved})
+        self._adding = [layer for layer in _compat.all_layers(template) if _adds_loss(layer)]
         self._calls: dict[int, tuple[Any, ...]] = {}
+        self._terms: dict[int, list[str]] = {}
         self._moves: dict[int, Move] = {}
 
     @property
@@ -78,7 +78,8 @@ class Moving:
             return call
 
         with contextlib.ExitStack() as stack:
-            for layer in {id(layer): layer for layer in self._layers.values()}.values():
+            watched = [*self._layers.values(), *self._adding]
+            for layer in {id(layer): layer for layer in watched}.values():
                 stack.enter_context(calling(layer, noting(layer, layer.call)))
             yield
 
@@ -91,9 +92,36 @@ class Moving:
         Returns:
             The `Move`.
         """
+        if _compat.in_stateless_scope():  # Nothing has a value there, and none is needed.
+            return Move("unknown")
         if id(variable) not in self._moves:
             self._moves[id(variable)] = self._find_out(variable)
         return self._moves[id(variable)]
+
+    def terms(self, layer: keras.layers.Layer) -> list[str]:
+        """How the terms that a layer gives to `add_loss` depend on the rows.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            For each of its terms `"mean"`, `"sum"`, `"none"` if it is neither, or `"unknown"`.
+            Empty if nothing could be found out.
+        """
+        if _compat.in_stateless_scope() or id(layer) not in self._calls:
+            return []
+        if id(layer) not in self._terms:
+            self._terms[id(layer)] = self._try_terms(layer)
+        return self._terms[id(layer)]
+
+    def _try_terms(self, layer: keras.layers.Layer) -> list[str]:
+        if layer.activity_regularizer is not None:  # Its term would be among them.
+            return []
+        try:
+            with tf.init_scope():
+                return _judge_terms(Trial(layer, self._calls[id(layer)]))
+        except Exception:  # noqa: BLE001 (a layer that cannot be tried may fail in any way)
+            return []
 
     def _find_out(self, variable: keras.Variable) -> Move:
         layer = self._layers.get(id(variable))
@@ -102,94 +130,53 @@ class Moving:
             return Move("unknown")
         try:
             with tf.init_scope():
-                return _judge(_Trial(layer, variable, call))
+                return _judge(Trial(layer, call), variable)
         except Exception:  # noqa: BLE001 (a layer that cannot be tried may fail in any way)
             return Move("unknown")
 
 
-class _Trial:
-    """One layer, called on random rows, with random values of one of its variables."""
-
-    def __init__(
-        self, layer: keras.layers.Layer, variable: keras.Variable, call: tuple[Any, ...]
-    ) -> None:
-        self.layer, self._call, self._random = layer, call, np.random.default_rng(0)
-        self._trainable = [tf.convert_to_tensor(v.value) for v in layer.trainable_variables]
-        self._others = layer.non_trainable_variables
-        (self._place,) = [i for i, other in enumerate(self._others) if other is variable]
-        self._groups = {name: self._leaves(rows) for name, rows in _GROUPS.items()}
-        shape = tuple(variable.shape)
-        signs = self._random.choice([-1.0, 1.0], shape)
-        self.olds = [signs * self._random.uniform(5, 15, shape) for _ in range(3)]
-
-    def new(self, groups: str, old: Any, shift: int = 0) -> Any:
-        """What the variable is after a call on these groups of rows.
-
-        Args:
-            groups: Their names.
-            old: What it was before.
-            shift: What is added to the seeds.
-        """
-        leaves = [
-            np.concatenate(parts) if np.ndim(parts[0]) else parts[0]
-            for parts in zip(*[self._groups[name] for name in groups], strict=True)
-        ]
-        found = iter(leaves)
-        args, kwargs = keras.tree.map_structure(
-            lambda leaf: tf.constant(next(found)) if isinstance(leaf, tf.TensorSpec) else leaf,
-            self._call,
-        )
-        values = [
-            tf.convert_to_tensor(other.value) + (shift if is_seed(other) else 0)
-            if other.dtype != "bool"
-            else tf.convert_to_tensor(other.value)
-            for other in self._others
-        ]
-        values[self._place] = tf.cast(old, values[self._place].dtype)
-        _, after = self.layer.stateless_call(self._trainable, values, *args, **kwargs)
-        return np.asarray(after[self._place], "float64")
-
-    def _leaves(self, rows: int) -> list[Any]:
-        specs = [x for x in keras.tree.flatten(self._call) if isinstance(x, tf.TensorSpec)]
-        return [self._leaf(spec, rows) for spec in specs]
-
-    def _leaf(self, spec: tf.TensorSpec, rows: int) -> Any:
-        shape = [size or _UNKNOWN_SIZE for size in spec.shape]
-        shape[:1] = [rows] if shape else []
-        if spec.dtype == tf.bool:
-            return np.ones(shape, bool)
-        if spec.dtype.is_floating:
-            return self._random.normal(size=shape).astype(spec.dtype.as_numpy_dtype)
-        return self._random.integers(0, 2, shape).astype(spec.dtype.as_numpy_dtype)
-
-
-def _judge(trial: _Trial) -> Move:
-    olds = trial.olds
-    seen = [{g: trial.new(g, old) for g in ("a", "b", "c", "ab", "ac")} for old in olds]
+def _judge(trial: Trial, variable: keras.Variable) -> Move:
+    shape = tuple(variable.shape)
+    signs = trial.random.choice([-1.0, 1.0], shape)
+    olds = [signs * trial.random.uniform(5, 15, shape) for _ in range(3)]
+    seen = [{g: trial.new(variable, g, old) for g in _TRIED} for old in olds]
     if not all(np.isfinite(value).all() for values in seen for value in values.values()):
         return Move("unknown")
     first = seen[0]
-    if _near(first["a"], first["b"]) and _near(first["a"], first["c"]):
+    if near(first["a"], first["b"]) and near(first["a"], first["c"]):
         return Move("unknown")
-
-    joins: dict[str, Callable[[Any, Any, str], Any]] = {
-        "mean": lambda one, other, group: np.average(
-            [one, other], axis=0, weights=[_GROUPS["a"], _GROUPS[group]]
-        ),
-        "max": lambda one, other, _: np.maximum(one, other),
-        "min": lambda one, other, _: np.minimum(one, other),
-    }
-    for kind, join in joins.items():
-        if all(_near(v[f"a{g}"], join(v["a"], v[g], g)) for v in seen for g in "bc"):
+    if all(map(is_mean, seen)):
+        return Move("mean")
+    for kind, pick in (("max", np.maximum), ("min", np.minimum)):
+        if all(near(v["a" + g], pick(v["a"], v[g])) for v in seen for g in "bc"):
             return Move(kind)
     decay = _decay(olds, seen)
     if decay is not None:
         return Move("sum", decay)
-    layers = _compat.all_layers(trial.layer)
-    by_shard = any(isinstance(layer, keras.layers.BatchNormalization) for layer in layers)
-    if by_shard or not _near(trial.new("a", olds[0], shift=1), first["a"]):
-        return Move("unknown")
-    return Move("none")
+    other = trial.new(variable, "a", olds[0], shift=1)
+    return Move("unknown" if is_random(trial.layer, first["a"], other) else "none")
+
+
+def _judge_terms(trial: Trial) -> list[str]:
+    seen = {groups: trial.terms(groups) for groups in _TRIED}
+    other = trial.terms("a", shift=1)
+    count = len(other)
+    if {len(terms) for terms in seen.values()} != {count}:
+        return []
+    return [
+        _judge_term({g: terms[i] for g, terms in seen.items()}, other[i], trial.layer)
+        for i in range(count)
+    ]
+
+
+def _judge_term(seen: dict[str, Any], other: Any, layer: keras.layers.Layer) -> str:
+    if any(np.ndim(value) or not np.isfinite(value) for value in seen.values()):
+        return "unknown"
+    if is_mean(seen):
+        return "mean"
+    if all(near(seen["a" + group], seen["a"] + seen[group]) for group in "bc"):
+        return "sum"
+    return "unknown" if is_random(layer, seen["a"], other) else "none"
 
 
 def _decay(olds: Sequence[Any], seen: Sequence[dict[str, Any]]) -> float | None:
@@ -201,12 +188,19 @@ def _decay(olds: Sequence[Any], seen: Sequence[dict[str, Any]]) -> float | None:
     # People write 0.99, and what is measured is off in the seventh digit.
     rounded = [round(decay, digits) for digits in range(1, 6)]
     decay = next((number for number in rounded if abs(number - decay) < _ROUNDING), decay)
-    same = [_near(base, decay * old) for base, old in zip(bases, olds, strict=True)]
-    return decay if all(same) and all(map(_near, bases, others)) else None
+    same = [near(base, decay * old) for base, old in zip(bases, olds, strict=True)]
+    return decay if all(same) and all(map(near, bases, others)) else None
 
 
-def _near(one: Any, other: Any) -> bool:
-    return bool(np.allclose(one, other, rtol=_SAME, atol=_SAME))
+def _adds_loss(layer: keras.layers.Layer) -> bool:
+    """Whether a class of its own has code that speaks of `add_loss`."""
+    return any(
+        "add_loss" in function.__code__.co_names
+        for kind in type(layer).__mro__
+        if not kind.__module__.startswith("keras.")
+        for function in vars(kind).values()
+        if hasattr(function, "__code__")
+    )
 
 
 def _may_move(variable: keras.Variable) -> bool:

@@ -197,6 +197,11 @@ class TowerScope(keras.StatelessScope):
             for _, layer, regularizer in regularized:
                 layer.activity_regularizer = regularizer
 
+    @property
+    def several(self) -> bool:
+        """Whether there are other towers."""
+        return self._tower is not None
+
     def latest(self, variable: keras.Variable) -> tf.Tensor:
         """The value of one of the given variables, as it is now."""
         return self.state_mapping[id(variable)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from absl import logging
 
 from parallel_keras import _compat
 from parallel_keras.towers.collectives import Peers, talking_to
@@ -105,6 +106,7 @@ class Tower:
         keras.tree.map_structure(_compat.set_mask, call["args"], call["masks"])
         layers = _compat.all_layers(self.template)
         noting = self.moving.noting_calls()
+        _compat.forget_loss_owners(self.template)
         with scope.telling_activity(layers), self.tables.looking_up(scope), noting:
             args, kwargs = by_name(self.template, call["args"], call["kwargs"])
             return self.template(*args, **given(training), **kwargs)
@@ -114,13 +116,36 @@ class Tower:
 
         As on one device, terms of layers that Keras does not know of do not count.
         """
+        # Layers that are tried are called again.
         owners = _compat.loss_owners(self.template)
+        layers = _compat.all_layers(self.template)
         found: dict[str, list[tf.Tensor]] = {}
         for source, terms in scope.terms.items():
+            counts: dict[int, int] = {}
             for term in terms:
-                if id(term) in owners:
-                    found.setdefault(f"{source}/{owners[id(term)]}", []).append(term)
+                if id(term) not in owners:
+                    continue
+                owner = owners[id(term)]
+                count = counts[owner] = counts.get(owner, -1) + 1
+                several = scope.several and source == "add_loss" and not term.shape.rank
+                kind = self._kind_of_term(layers[owner], count) if several else source
+                found.setdefault(f"{kind}/{owner}", []).append(term)
         return found
+
+    def _kind_of_term(self, layer: keras.layers.Layer, count: int) -> str:
+        """Whether a layer's term is a sum over rows, or what was declared of such terms."""
+        kinds = self.moving.terms(layer)
+        # A layer that is called several times adds the same terms each time.
+        kind = kinds[count % len(kinds)] if kinds else "unknown"
+        if kind == "none":
+            logging.log_first_n(
+                logging.WARNING,
+                "Layer %s adds a term to the loss that is no mean or sum over rows: it is taken "
+                "for one, of the parts of the batch, and so is another number than on one device.",
+                1,
+                layer.path,
+            )
+        return "found_sum" if kind == "sum" else "add_loss"
 
     def penalty(self, number: str, activity: tf.Tensor) -> tf.Tensor:
         """The term that the activity regulariser of a layer makes of a whole batch."""

@@ -1,0 +1,116 @@
+"""A layer is tried on a few random rows, to find out what nothing declares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from parallel_keras import _compat
+from parallel_keras.towers.seeds import is_seed
+
+# Rows of the groups that a layer is tried on.
+GROUPS = {"a": 3, "b": 2, "c": 4}
+_UNKNOWN_SIZE = 3
+_TOLERANCE = 1e-4
+
+
+class Trial:
+    """One layer, called on a few groups of random rows; nothing of it is changed.
+
+    Args:
+        layer: The layer.
+        call: What it is called with, positional and keyword arguments, with a `tf.TensorSpec`
+            for each tensor.
+    """
+
+    def __init__(self, layer: keras.layers.Layer, call: tuple[Any, ...]) -> None:
+        self.layer, self.random = layer, np.random.default_rng(0)
+        self._call = call
+        self._groups = {name: self._leaves(rows) for name, rows in GROUPS.items()}
+
+    def new(self, variable: keras.Variable, groups: str, old: Any, shift: int = 0) -> Any:
+        """What a variable is after a call on these groups of rows.
+
+        Args:
+            variable: A variable of the layer.
+            groups: Their names.
+            old: What it was before.
+            shift: What is added to the seeds.
+        """
+        scope = self._after_call(groups, [(variable, tf.cast(old, variable.dtype))], shift)
+        return np.asarray(scope.get_current_value(variable), "float64")
+
+    def terms(self, groups: str, shift: int = 0) -> list[Any]:
+        """What the layer itself gives to `add_loss` in a call on these groups of rows.
+
+        Args:
+            groups: Their names.
+            shift: What is added to the seeds.
+        """
+        scope = self._after_call(groups, [], shift)
+        owners = _compat.loss_owners(self.layer)
+        return [np.asarray(term, "float64") for term in scope.losses if owners.get(id(term)) == 0]
+
+    def _after_call(self, groups: str, values: list[Any], shift: int) -> keras.StatelessScope:
+        leaves = [
+            np.concatenate(parts) if np.ndim(parts[0]) else parts[0]
+            for parts in zip(*[self._groups[name] for name in groups], strict=True)
+        ]
+        found = iter(leaves)
+        args, kwargs = keras.tree.map_structure(
+            lambda leaf: tf.constant(next(found)) if isinstance(leaf, tf.TensorSpec) else leaf,
+            self._call,
+        )
+        seeds = [v for v in self.layer.non_trainable_variables if is_seed(v)]
+        moved = [(seed, tf.convert_to_tensor(seed.value) + shift) for seed in seeds]
+        _compat.forget_loss_owners(self.layer)
+        with keras.StatelessScope(state_mapping=[*moved, *values], collect_losses=True) as scope:
+            self.layer(*args, **kwargs)
+        return scope
+
+    def _leaves(self, rows: int) -> list[Any]:
+        specs = [x for x in keras.tree.flatten(self._call) if isinstance(x, tf.TensorSpec)]
+        return [self._leaf(spec, rows) for spec in specs]
+
+    def _leaf(self, spec: tf.TensorSpec, rows: int) -> Any:
+        shape = [size or _UNKNOWN_SIZE for size in spec.shape]
+        shape[:1] = [rows] if shape else []
+        if spec.dtype == tf.bool:
+            return np.ones(shape, bool)
+        if spec.dtype.is_floating:
+            return self.random.normal(size=shape).astype(spec.dtype.as_numpy_dtype)
+        return self.random.integers(0, 2, shape).astype(spec.dtype.as_numpy_dtype)
+
+
+def near(one: Any, other: Any) -> bool:
+    """Whether two results are the same but for rounding."""
+    return bool(np.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE))
+
+
+def is_mean(seen: dict[str, Any]) -> bool:
+    """Whether what came of two groups of rows is the mean of what came of each.
+
+    Args:
+        seen: What came of the groups `"a"`, `"b"`, `"c"`, `"ab"` and `"ac"`.
+    """
+    return all(
+        near(seen["a" + group], np.average([seen["a"], seen[group]], axis=0, weights=weights))
+        for group in "bc"
+        for weights in [[GROUPS["a"], GROUPS[group]]]
+    )
+
+
+def is_random(layer: keras.layers.Layer, first: Any, other: Any) -> bool:
+    """Whether the groups do not tell, because rows are random or normalised with others.
+
+    Args:
+        layer: The layer.
+        first: What came of a group of rows.
+        other: What came of it with other seeds.
+    """
+    layers = _compat.all_layers(layer)
+    by_shard = any(isinstance(one, keras.layers.BatchNormalization) for one in layers)
+    return by_shard or not near(first, other)
