@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.devices import Devices, resolve
+from parallel_keras.homes.plan import Homes
 from parallel_keras.keras_api.answers import TemplateAnswers
 from parallel_keras.keras_api.notices import Notices
 from parallel_keras.keras_api.saving import TemplateFiles
@@ -23,7 +24,6 @@ from parallel_keras.steps.calls import Calls
 from parallel_keras.steps.first_batch import first_batch
 from parallel_keras.steps.keras_steps import ParallelSteps
 from parallel_keras.steps.template_steps import LEARNING, TemplateSteps, overrides
-from parallel_keras.towers.homes import Homes
 from parallel_keras.towers.results import Call, Merged, as_call
 from parallel_keras.towers.run import Towers, current
 from parallel_keras.workers.agreement import agree_on_state, check_same, facts_of

@@ -13,8 +13,9 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
+from parallel_keras.graphs import graph
 from parallel_keras.steps import checks
-from parallel_keras.towers import graph, losses
+from parallel_keras.towers import losses
 from parallel_keras.towers.collectives import Peers, TowerContext
 from tests.parity import mlp, rows
 
@@ -196,9 +197,9 @@ RAISES = {
     "multi_gpu.py": 3,
     "keras_api/old_weights.py": 6,
     "towers/collectives.py": 1,
-    "towers/graph.py": 1,
-    "towers/outputs.py": 2,
-    "towers/sparse.py": 1,
+    "graphs/graph.py": 1,
+    "graphs/outputs.py": 2,
+    "graphs/sparse.py": 1,
     "towers/state.py": 1,
     "explaining/self_check.py": 1,
     "shard.py": 2,

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import parallel_keras as pk
 from parallel_keras import slices
-from parallel_keras.towers import sparse
+from parallel_keras.graphs import sparse
 from tests.parity import assert_same_fit, batches, pair, rng, rows
 
 WORDS, STEPS, WIDTH = 9, 5, 3

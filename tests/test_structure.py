@@ -17,6 +17,8 @@ FLOORS = (
     ("keras_api",),
     ("steps",),
     ("towers",),
+    ("homes",),
+    ("graphs",),
     ("workers",),
     ("shard", "merge", "slices", "nests", "devices", "hardware", "_compat", "_version"),
 )

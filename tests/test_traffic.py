@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import parallel_keras as pk
 from parallel_keras.explaining.traffic import Traffic, crossings, traffic
-from parallel_keras.towers import links, messages
+from parallel_keras.homes import links, messages
 from tests.parity import rows
 from tests.test_placement import GPUS, eight_gpus  # noqa: F401 (a fixture)
 

@@ -11,10 +11,10 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
+from parallel_keras.graphs.graph import is_handle
+from parallel_keras.homes.messages import Copies
+from parallel_keras.homes.plan import Homes
 from parallel_keras.towers import weights
-from parallel_keras.towers.graph import is_handle
-from parallel_keras.towers.homes import Homes
-from parallel_keras.towers.messages import Copies
 from parallel_keras.towers.run import Towers
 from parallel_keras.workers.alone import Alone
 from tests.parity import ATOL, RTOL, Waits, assert_same_fit, pair, rng, rows

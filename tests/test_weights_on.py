@@ -14,7 +14,8 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras.towers import homes, links, messages
+from parallel_keras.homes import links, messages
+from parallel_keras.homes import plan as homes
 from tests.parity import (
     assert_same_fit,
     assert_same_variables,

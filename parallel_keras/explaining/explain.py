@@ -14,11 +14,11 @@ from parallel_keras.explaining.explanation import Explanation
 from parallel_keras.explaining.pieces import Data, Pieces
 from parallel_keras.explaining.step_times import TowerTimes
 from parallel_keras.explaining.traffic import traffic
+from parallel_keras.homes.links import is_gpu
+from parallel_keras.homes.plan import size_of
 from parallel_keras.model import DataParallelModel
 from parallel_keras.steps.template_steps import LEARNING, overrides
 from parallel_keras.towers import losses
-from parallel_keras.towers.homes import size_of
-from parallel_keras.towers.links import is_gpu
 
 
 def explain(parallel: DataParallelModel, batch: Any, *, repeats: int = 20) -> Explanation:

@@ -9,12 +9,12 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
+from parallel_keras.homes.messages import Copies
 from parallel_keras.nests import is_dense
 from parallel_keras.shard import Shards
 from parallel_keras.steps.keras_steps import ParallelSteps
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch
 from parallel_keras.towers import losses
-from parallel_keras.towers.messages import Copies
 from parallel_keras.towers.results import Pass, as_call
 from parallel_keras.towers.run import Towers
 from parallel_keras.workers.alone import Alone

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from parallel_keras.towers.links import canonical
+from parallel_keras.homes.links import canonical
 
 Way = tuple[str, str]
 # They have no device because their bodies run where each operation in them does.

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
+from parallel_keras.graphs.graph import calling
 from parallel_keras.nests import (
     floats,
     is_dense,
@@ -24,7 +25,6 @@ from parallel_keras.nests import (
     present,
     symbols,
 )
-from parallel_keras.towers.graph import calling
 
 
 def before_first_step(

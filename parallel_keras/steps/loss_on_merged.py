@@ -10,9 +10,9 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import merge
+from parallel_keras.graphs.graph import is_handle
 from parallel_keras.shard import Shards
 from parallel_keras.steps.penalties import Halved
-from parallel_keras.towers.graph import is_handle
 from parallel_keras.towers.results import Call, Merged, Pass, assign
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
+from parallel_keras.graphs.graph import hide_value
+from parallel_keras.graphs.outputs import are_by_rows, are_rows, whole_outputs
 from parallel_keras.shard import Shards
 from parallel_keras.towers.collectives import talking_to
-from parallel_keras.towers.graph import hide_value
 from parallel_keras.towers.losses import term_rule
-from parallel_keras.towers.outputs import are_by_rows, are_rows, whole_outputs
 from parallel_keras.towers.results import State, Updates, as_call, takes_training
 from parallel_keras.workers.message import Message
 
@@ -178,7 +178,7 @@ class LossStep:
             # Layers under a `keras.RematScope` are called again on the way back.
             gradients = tape.gradient(loss, sources, output_gradients=up) if sources else []
         given = (weights, number, peers, part, scales, loss_scale)
-        gradients = self.towers.sort(gradients, "loss", self._gradients_again, given)
+        gradients = self.towers.inquiry.sort(gradients, "loss", self._gradients_again, given)
         with scope, talking_to(peers):
             trackers = [tracker.result() for tracker in _compat.loss_trackers(self.model)]
             if self.count:
@@ -210,7 +210,7 @@ class LossStep:
             rows_alone = isinstance(leaf, tf.Tensor) and (leaf.shape.rank or 0) > 1
             if not rows_alone or _compat.get_mask(leaf) is not None:
                 raise NeedsWholeBatch
-        if not self.towers.alone and not are_rows(leaves, self.towers.given_to(part)):
+        if not self.towers.alone and not are_rows(leaves, self.towers.inquiry.given_to(part)):
             raise NeedsWholeBatch
 
     def _gradients_again(self, *given: Any) -> list[Any]:
@@ -240,7 +240,7 @@ class LossStep:
             for term in values:
                 added_up = term_rule(key.split("/")[0], rules) == "sum"
                 if term.shape.rank and not added_up:
-                    added_up = are_by_rows([term], self.towers.given_to(part))
+                    added_up = are_by_rows([term], self.towers.inquiry.given_to(part))
                 weight = tf.sign(share) if added_up else share
                 loss += tf.cast(tf.reduce_sum(term), loss.dtype) * tf.cast(weight, loss.dtype)
         return loss

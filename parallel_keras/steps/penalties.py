@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from parallel_keras.towers.homes import Homes
+from parallel_keras.homes.plan import Homes
 
 
 @dataclasses.dataclass(frozen=True)

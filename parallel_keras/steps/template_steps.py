@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from parallel_keras import _compat
+from parallel_keras.graphs.graph import calling
+from parallel_keras.homes.plan import Homes
 from parallel_keras.shard import is_empty
 from parallel_keras.steps.penalties import at_home
-from parallel_keras.towers.graph import calling
-from parallel_keras.towers.homes import Homes
 from parallel_keras.towers.results import Call, Merged, as_call
 
 if TYPE_CHECKING:

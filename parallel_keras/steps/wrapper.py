@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 if TYPE_CHECKING:
+    from parallel_keras.homes.plan import Homes
     from parallel_keras.steps.calls import Calls
     from parallel_keras.steps.template_steps import TemplateSteps
-    from parallel_keras.towers.homes import Homes
     from parallel_keras.workers.connection import Workers
     from parallel_keras.workers.message import AnyWorkers
 

@@ -28,7 +28,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from parallel_keras.towers.function_bodies import Bodies
+from parallel_keras.graphs.function_bodies import Bodies
 from parallel_keras.towers.naming import Outside, name_of
 from parallel_keras.towers.needs import Needs, TraceAgain
 from parallel_keras.towers.seeds import is_seed

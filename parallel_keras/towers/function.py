@@ -11,9 +11,9 @@ import tensorflow as tf
 from absl import logging
 
 from parallel_keras import _compat
+from parallel_keras.graphs.graph import is_handle
+from parallel_keras.homes.plan import Homes
 from parallel_keras.towers import findings
-from parallel_keras.towers.graph import is_handle
-from parallel_keras.towers.homes import Homes
 from parallel_keras.towers.needs import Needs, TraceAgain
 from parallel_keras.towers.recompute import RecomputeScope
 from parallel_keras.towers.scope import Lent

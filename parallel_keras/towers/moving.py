@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.towers.graph import calling
+from parallel_keras.graphs.graph import calling
 from parallel_keras.towers.trial import Trial, is_mean, is_random, near
 
 # The groups of rows that a layer is tried on, alone and together.

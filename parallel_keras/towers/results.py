@@ -12,10 +12,10 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
+from parallel_keras.graphs.outputs import Given, are_by_rows, whole_outputs
 from parallel_keras.nests import floats
 from parallel_keras.shard import Shards
 from parallel_keras.towers.losses import term_rule
-from parallel_keras.towers.outputs import Given, are_by_rows, whole_outputs
 from parallel_keras.towers.recompute import RecomputeScope
 from parallel_keras.workers.message import Message
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,19 +12,18 @@ import keras
 import tensorflow as tf
 
 from parallel_keras.devices import check_one_job
-from parallel_keras.nests import flatten, flatten_with_paths, mapped, symbol
+from parallel_keras.graphs.graph import hide_sizes, hide_value, naming_tower
+from parallel_keras.graphs.outputs import Given
+from parallel_keras.homes.links import are_far
+from parallel_keras.homes.messages import Copies, carried, sums
+from parallel_keras.homes.plan import Homes
 from parallel_keras.shard import Shards
 from parallel_keras.slices import is_sparse
 from parallel_keras.towers.collectives import Peers, make_tokens, meet, token
 from parallel_keras.towers.function import Body, Functions
-from parallel_keras.towers.graph import hide_sizes, hide_value, naming_tower
-from parallel_keras.towers.homes import Homes
-from parallel_keras.towers.links import are_far
-from parallel_keras.towers.messages import Copies, carried, sums
+from parallel_keras.towers.inquiry import Inquiry, Watch
 from parallel_keras.towers.needs import TraceAgain
-from parallel_keras.towers.outputs import Given
-from parallel_keras.towers.results import Call, Pass, Sort, State, Taped
-from parallel_keras.towers.sparse import Sorting
+from parallel_keras.towers.results import Pass, State, Taped
 from parallel_keras.towers.state import StateRules, fingerprint
 from parallel_keras.towers.tower import Tower
 from parallel_keras.towers.weights import read, value_of
@@ -33,7 +31,6 @@ from parallel_keras.workers.message import AnyWorkers, Columns
 
 # Towers that do not talk to each other need a token of any device.
 _ANYWHERE = ("/device:CPU:0",)
-Watch = Callable[[list[tf.Tensor], Any], list[tf.Tensor]]
 # What towers return and is merged on the merge device, whatever else they return.
 _CONSTANT = "constant"
 _SMALL = ("loss", "trackers", "counts", "state", _CONSTANT)
@@ -89,8 +86,7 @@ class Towers:
         self._functions = Functions(
             self.tower, workers, homes, jit=jit and alone, eager=eager, talks=synchronized
         )
-        self._sorting = Sorting()
-        self._known_sizes: dict[str, Any] = {}
+        self.inquiry = Inquiry(self.tower, rules, alone=workers.towers == 1)
 
     @property
     def alone(self) -> bool:
@@ -190,7 +186,7 @@ class Towers:
             tape = tf.GradientTape(persistent=not once)
             taped = Taped(device, tape, watch(given[0], given[-1]))
             if not self.alone:
-                taped.sort = self._sorter(body, given, training, watch)
+                taped.sort = self.inquiry.sorter(body, given, training, watch)
                 taped.number = self.workers.first + self.devices.index(device)
             with tape:
                 tape.watch(taped.sources)
@@ -212,40 +208,7 @@ class Towers:
         """
         first = self.workers.first
         counts = shards.rows[first : first + len(shards.parts)]
-        return self.given_to(shards.parts[0], counts)
-
-    def given_to(self, part: Any, counts: Sequence[Any] = ()) -> Given:
-        """What is known of a call of the template, seen from one tower.
-
-        Args:
-            part: What it was given, a `Call`, or a dict with one as `"call"`.
-            counts: How many rows each tower here has. Defaults to what is known of this one.
-        """
-        call = part.get("call", part)
-        leaves = self._cut_leaves(call)
-        known = [tuple(output.shape) for output in getattr(self.template, "outputs", None) or []]
-        # A call may have nothing to cut but what all towers get whole.
-        counts = [*counts] or [leaves[0].shape[0] if leaves else None]
-        sizes = functools.partial(self._sizes, call)
-        return Given(counts, leaves, sizes, known, self.tower.penalty)
-
-    def _sizes(self, call: Call, rows: int) -> Any:
-        """The outputs of a call with another number of rows, symbolically."""
-        cut = {id(leaf) for leaf in self._cut_leaves(call)}
-
-        def resized(leaf: Any) -> Any:
-            known = symbol(leaf)
-            if id(leaf) not in cut:
-                return known
-            return keras.KerasTensor((rows, *known.shape[1:]), known.dtype, sparse=known.sparse)
-
-        given = {part: mapped(resized, call[part]) for part in ("args", "kwargs")}
-        key = str(given)
-        if key not in self._known_sizes:
-            self._known_sizes[key] = self.template.compute_output_spec(
-                *given["args"], **given["kwargs"]
-            )
-        return self._known_sizes[key]
+        return self.inquiry.given_to(shards.parts[0], counts)
 
     def run(
         self,
@@ -356,53 +319,6 @@ class Towers:
             way = (self.merge_device, home) if to_home else (home, self.merge_device)
             found.update(carried(there, *way))
         return found
-
-    def sort(
-        self, gradients: list[Any], name: str, again: Callable[..., Any], given: tuple[Any, ...]
-    ) -> list[Any]:
-        """Takes sparse gradients of one tower apart by kind, so that their sum is that of one.
-
-        Args:
-            gradients: For each weight a tensor, `tf.IndexedSlices` or `None`.
-            name: Which gradients they are.
-            again: Function that computes the same gradients anew.
-            given: Its arguments: what a tower is called with.
-
-        Returns:
-            A list like the one given.
-        """
-        if self.alone:
-            return gradients
-        _, number, _, part = given[:4]
-        varies = flatten([*self._cut_leaves(part), number])
-        return self._sorting.sort(gradients, varies, name, again, given)
-
-    def _sorter(self, body: Body, given: tuple[Any, ...], training: Any, watch: Watch) -> Sort:
-        """What takes the gradients of one tower's call apart, by which outputs they come from."""
-
-        def sort(gradients: list[Any], reached: Sequence[bool]) -> list[Any]:
-            name = f"call {training} {[*reached]}"
-
-            def again(*given: Any) -> list[Any]:
-                sources = watch(given[0], given[-1])
-                with tf.GradientTape(watch_accessed_variables=False) as tape:
-                    tape.watch(sources)
-                    parts = body(*given, training).differentiable()
-                targets = [part for part, reach in zip(parts, reached, strict=True) if reach]
-                return self.sort(tape.gradient(targets, sources), name, again, given)
-
-            return self.sort(gradients, name, again, given)
-
-        return sort
-
-    def _cut_leaves(self, part: Any) -> list[Any]:
-        """The tensors of a tower's part that other towers do not have."""
-        return [
-            leaf
-            for path, leaf in flatten_with_paths(part)
-            if not (path and self.rules.get(str(path[-1])) == "whole")
-            if tf.is_tensor(leaf) and leaf.shape.rank != 0
-        ]
 
     def _peers(self, shards: Shards) -> list[Peers | tf.Tensor | None]:
         """What joins the towers of one pass, or keeps them apart."""

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from parallel_keras.towers.graph import is_handle, varies
+from parallel_keras.graphs.graph import is_handle, varies
 from parallel_keras.towers.losses import adds_up_by_rows
 from parallel_keras.towers.needs import TraceAgain
 from parallel_keras.towers.seeds import is_seed, started, tower_seed

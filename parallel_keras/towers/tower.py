@@ -11,8 +11,8 @@ import tensorflow as tf
 from absl import logging
 
 from parallel_keras import _compat
+from parallel_keras.graphs.graph import depends_on
 from parallel_keras.towers.collectives import Peers, talking_to
-from parallel_keras.towers.graph import depends_on
 from parallel_keras.towers.losses import activity_penalty
 from parallel_keras.towers.moving import Moving
 from parallel_keras.towers.results import Call, CallResult, Updates, by_name, given

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.towers.graph import calling, is_handle
+from parallel_keras.graphs.graph import calling, is_handle
 
 if TYPE_CHECKING:
     from parallel_keras.towers.scope import TowerScope

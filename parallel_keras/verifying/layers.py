@@ -12,9 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from parallel_keras import _compat
+from parallel_keras.graphs.graph import calling
 from parallel_keras.nests import tensors
 from parallel_keras.shard import Shards, shard
-from parallel_keras.towers.graph import calling
 from parallel_keras.verifying import findings
 
 # What each layer returned, in the order in which they finished: inner ones first.

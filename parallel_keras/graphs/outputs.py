@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from parallel_keras.graphs.origin import Spot, body_and_inputs, depends_on_rows
 from parallel_keras.nests import flatten, flatten_with_paths
-from parallel_keras.towers.origin import Spot, body_and_inputs, depends_on_rows
 
 # For each axis whether its size follows the number of rows; `None` where nobody knows.
 Axes = list[bool | None]

@@ -8,8 +8,8 @@ from typing import Any
 import tensorflow as tf
 
 from parallel_keras import merge
-from parallel_keras.towers.graph import is_handle
-from parallel_keras.towers.links import are_far
+from parallel_keras.graphs.graph import is_handle
+from parallel_keras.homes.links import are_far
 
 # Over PCIe 4 a message of 1 MiB takes 40 microseconds, of which some 10 are the same whatever its
 # size: smaller ones pay more for travelling alone than a copy into a common vector costs.

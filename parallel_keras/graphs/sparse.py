@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from parallel_keras.graphs.origin import Spot, depends_on_rows, inside, source_of
 from parallel_keras.slices import ROWS, SAME, UNIQUE, joined
-from parallel_keras.towers.origin import Spot, depends_on_rows, inside, source_of
 
 # For each piece of a gradient what it is, and how many slices it has, `None` if nobody knows.
 Plan = list[tuple[str, Any]]

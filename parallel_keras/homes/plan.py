@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.towers.links import are_far, canonical, is_gpu, is_remote
+from parallel_keras.homes.links import are_far, canonical, is_gpu, is_remote
 
 # Seeds, counters and the like: TensorFlow keeps small integers in the memory of the host, and
 # to move them would spread nothing.
@@ -45,7 +45,7 @@ def plan(
         The home of each variable by its `id`.
 
     Example:
-    >>> from parallel_keras.towers.homes import plan
+    >>> from parallel_keras.homes.plan import plan
     >>> sizes = [keras.Variable([0.0] * size) for size in (1, 4, 2, 3)]
     >>> homes = plan(sizes, ["a", "b"], {"a": 0, "b": 0})
     >>> [homes[id(variable)] for variable in sizes]

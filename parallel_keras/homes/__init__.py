@@ -1,0 +1,1 @@
+"""Where weights live, what joins their devices, and how tensors travel between them."""
