@@ -273,6 +273,35 @@ def test_no_time_is_negative(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(numbers) >= 0
 
 
+def wide() -> keras.Model:
+    layers = [keras.layers.Dense(60, use_bias=False) for _ in range(3)]
+    return keras.Sequential([keras.Input((60,)), *layers])
+
+
+@pytest.mark.parametrize(("weights_on", "ratio"), [("unmoved", 3 / (4 / 3)), ("spread", 1.0)])
+def test_where_weights_live(weights_on: str, ratio: float) -> None:
+    """One place has N times the weights to send, of which 2(N-1)/N would do."""
+    devices = ["CPU:1", "CPU:2", "CPU:3"]
+    parallel = pk.DataParallelModel(wide(), devices, weights_on=weights_on)
+    parallel.compile("sgd", "mse")
+    found = pk.explain(parallel, (rows(6, 60), rows(6, 60)), repeats=1)
+    weights = 3 * 60 * 60 * 4
+    homes = {"unmoved": ["CPU:0"], "spread": ["CPU:1", "CPU:2", "CPU:3"]}[weights_on]
+    assert found.homes == {f"/device:{home}": weights // len(homes) for home in homes}
+    assert found.least_bytes == pytest.approx(weights * 4 / 3)
+    # The rows of the batch travel too.
+    assert found.busiest_bytes / found.least_bytes == pytest.approx(ratio, rel=0.1)
+    assert f"Busiest device: {found.busiest}" in " ".join(str(found).split())
+
+
+def test_one_device_has_nothing_to_send() -> None:
+    parallel = pk.DataParallelModel(mlp(), 1)
+    parallel.compile("sgd", "mse")
+    found = pk.explain(parallel, (rows(4, 6), rows(4, 3)), repeats=1)
+    assert (found.busiest, found.busiest_bytes, found.least_bytes) == ("", 0, 0)
+    assert "Busiest" not in str(found)
+
+
 def forgetful() -> keras.Model:
     """Everything that a step changes: normalisation, seeds, weights."""
     return keras.Sequential(
