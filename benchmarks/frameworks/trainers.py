@@ -125,7 +125,7 @@ def by_loop(module: Any, model: keras.Model, loss: Any, x: np.ndarray, y: np.nda
 
     kinds = {"sgd": optim.SGD, "adam": optim.Adam, "rmsprop": optim.RMSprop}
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    make = kinds[model.optimizer.name.lower()]
+    make = kinds[type(model.optimizer).__name__.lower()]
     optimizer = make(weights, lr=float(model.optimizer.learning_rate))
     measure = keras.losses.get(loss)
 
