@@ -204,7 +204,9 @@ def test_models_that_only_run_eagerly(loss_on: str, towers: int) -> None:
         keras.utils.set_random_seed(3)
         model(x)
     histories = [
-        m.fit(x, y, batch_size=3, epochs=2, shuffle=False, verbose=0, validation_data=(x, y)).history
+        m.fit(
+            x, y, batch_size=3, epochs=2, shuffle=False, verbose=0, validation_data=(x, y)
+        ).history
         for m in (bare, parallel)
     ]
     assert list(histories[0]) == list(histories[1])

@@ -103,16 +103,18 @@ def test_layers_of_a_model_that_takes_no_training(loss_on: str, eager: bool) -> 
         def __init__(self) -> None:
             super().__init__()
             self.net = keras.Sequential(
-                [keras.layers.Dropout(0.5), keras.layers.BatchNormalization(), keras.layers.Dense(2)]
+                [
+                    keras.layers.Dropout(0.5),
+                    keras.layers.BatchNormalization(),
+                    keras.layers.Dense(2),
+                ]
             )
 
         def call(self, x: Any) -> Any:
             return self.net(x)
 
     x, y = rows(7, 3), rows(7, 2)
-    bare, parallel = pair(
-        Outer, 3, loss_on=loss_on, optimizer="sgd", loss="mse", run_eagerly=eager
-    )
+    bare, parallel = pair(Outer, 3, loss_on=loss_on, optimizer="sgd", loss="mse", run_eagerly=eager)
     assert_same_fit(bare, parallel, x, y, batch_size=4, epochs=2, validation_data=(x, y))
 
 
@@ -182,7 +184,9 @@ def test_optional_inputs_that_are_left_out(source: str, loss_on: str, build: boo
         return model
 
     bare, parallel = pair(built, 3, loss_on=loss_on, optimizer="adam", loss="mse", metrics=["mae"])
-    histories = [m.fit(**data(), epochs=2, shuffle=False, verbose=0).history for m in (bare, parallel)]
+    histories = [
+        m.fit(**data(), epochs=2, shuffle=False, verbose=0).history for m in (bare, parallel)
+    ]
     same(histories[1], histories[0])
     same(parallel.evaluate(**data(), verbose=0), bare.evaluate(**data(), verbose=0))
     assert_same_variables(bare, parallel)
@@ -242,13 +246,17 @@ def test_legacy_files_are_laid_out_as_those_of_one_device(
         layers = [keras.Input((3,)), keras.layers.Dense(2, name="d")]
         return keras.Sequential(layers, name="net")
 
-    bare, parallel = pair(build, towers, optimizer=OPTIMIZERS[optimizer], loss=keras.losses.MeanSquaredError())
+    bare, parallel = pair(
+        build, towers, optimizer=OPTIMIZERS[optimizer], loss=keras.losses.MeanSquaredError()
+    )
     for model in (bare, parallel):
         model.fit(rows(6, 3), rows(6, 2), batch_size=4, shuffle=False, verbose=0)
 
     def paths(model: keras.Model) -> list[str]:
         # Nadam leaves one name to Keras, which counts them up.
-        return [re.sub(r"/variable(_\d+)?$", "/variable", v.path) for v in model.optimizer.variables]
+        return [
+            re.sub(r"/variable(_\d+)?$", "/variable", v.path) for v in model.optimizer.variables
+        ]
 
     assert paths(parallel) == paths(bare)
     if optimizer == "adafactor":
@@ -331,9 +339,7 @@ class CountsInItsLoss(CountsItself):
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 @pytest.mark.parametrize("towers", TOWERS)
-def test_metrics_that_the_template_holds(
-    towers: int, loss_on: str, eager: bool, kind: Any
-) -> None:
+def test_metrics_that_the_template_holds(towers: int, loss_on: str, eager: bool, kind: Any) -> None:
     """X27: in the History, started anew each epoch, in evaluate, counted once."""
     x, y = rows(7, 3), rows(7, 2)
     bare, parallel = pair(
