@@ -15,6 +15,7 @@ from parallel_keras.homes.plan import Homes
 from parallel_keras.keras_api.answers import TemplateAnswers
 from parallel_keras.keras_api.notices import Notices
 from parallel_keras.keras_api.saving import TemplateFiles
+from parallel_keras.keras_api.template_loops import TemplateLoops
 from parallel_keras.keras_api.worker_loops import WorkerLoops
 from parallel_keras.nests import knows_more, symbols
 from parallel_keras.shard import is_empty
@@ -32,7 +33,7 @@ from parallel_keras.workers.connection import connect
 
 
 @keras.saving.register_keras_serializable(package="parallel_keras")
-class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSteps):
+class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, TemplateLoops, ParallelSteps):
     """Trains, evaluates and predicts with a model on several devices.
 
     The batch is cut by rows, each device runs the same model on its part, and
@@ -231,6 +232,10 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
         Returns:
             A `keras.callbacks.History`.
         """
+        if self._template_loops:
+            seen = {"x": x, "batch_size": kwargs.get("batch_size")}
+            self._notices.fitting((), seen)
+            return super().fit(*(() if x is None else (x,)), *args, **kwargs)
         self._notices.fitting((x, *args), kwargs)
         # What steps of its own give to which model is theirs to know.
         if not self.template.built and not self._follows_template():
@@ -269,6 +274,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, ParallelSte
 
     def _run_as_compiled(self, *, jit: bool = False, eager: bool = False) -> None:
         """Makes the towers anew, compiled by XLA or not traced at all if so asked."""
+        self._towers_by_xla = jit
 
         def calls_of(model: keras.Model) -> Calls:
             def towers() -> Towers:

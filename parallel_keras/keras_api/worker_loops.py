@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
@@ -15,9 +15,6 @@ from parallel_keras.steps.wrapper import Wrapper
 from parallel_keras.workers import servers
 from parallel_keras.workers.agreement import Agreement, agree_on_seed, agree_on_state
 from parallel_keras.workers.own_rows import Feed
-
-if TYPE_CHECKING:
-    from parallel_keras.workers.connection import Workers
 
 # They write one file for the whole run. Only the chief may; what BackupAndRestore
 # restores there reaches the others.
@@ -46,7 +43,7 @@ class WorkerLoops(Wrapper):
                 kwargs["callbacks"] = [*keras.tree.flatten(callbacks), *torn]
             with servers.naming_faults():
                 return super().fit(*args, **kwargs)
-        arguments = _by_name(super().fit, args, kwargs)
+        arguments = self._by_name(super().fit, args, kwargs)
         if self._cluster.feeds_own:
             feed = Feed(self._cluster)
             feed.training(arguments)
@@ -72,7 +69,7 @@ class WorkerLoops(Wrapper):
         if self._cluster is None or "_use_cached_eval_dataset" in kwargs:
             with servers.naming_faults():
                 return super().evaluate(*args, **kwargs)
-        arguments = _by_name(super().evaluate, args, kwargs)
+        arguments = self._by_name(super().evaluate, args, kwargs)
         if self._cluster.feeds_own:
             Feed(self._cluster).evaluation(arguments)
         return self._run(super().evaluate, arguments)
@@ -94,7 +91,7 @@ class WorkerLoops(Wrapper):
         if self._cluster is None:
             with servers.naming_faults():
                 return super().predict(*args, **kwargs)
-        arguments = _by_name(super().predict, args, kwargs)
+        arguments = self._by_name(super().predict, args, kwargs)
         if self._cluster.feeds_own:
             Feed(self._cluster).evaluation(arguments)
         return self._run(super().predict, arguments)
@@ -123,16 +120,17 @@ class WorkerLoops(Wrapper):
         """
         return self._on_batch(super().test_on_batch, *args, **kwargs)
 
-    def predict_on_batch(self, x: Any) -> Any:
+    def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """One step as `keras.Model.predict_on_batch` does, on all workers.
 
         Args:
-            x: The inputs.
+            *args: As in `keras.Model.predict_on_batch`.
+            **kwargs: As in `keras.Model.predict_on_batch`.
 
         Returns:
             The outputs.
         """
-        return self._on_batch(super().predict_on_batch, x)
+        return self._on_batch(super().predict_on_batch, *args, **kwargs)
 
     @property
     def bytes_per_step(self) -> int | None:
@@ -143,29 +141,68 @@ class WorkerLoops(Wrapper):
         cluster = self._cluster
         if cluster is None:
             return loop(**arguments)
-        arguments["x"] = self._build_from(arguments.get("x"))
-        arguments["callbacks"] = _with_agreement(arguments.get("callbacks"), cluster)
+        arguments.update(self._build_from(arguments))
+        if self._takes_callbacks(loop.__name__):
+            given = arguments.get("callbacks")
+            arguments["callbacks"] = _with_agreement(given, Agreement(cluster, self))
+        else:
+            agree_on_state(self, cluster)
         if not cluster.chief and "verbose" in arguments and arguments["verbose"] == "auto":
             arguments["verbose"] = 0
         self._agreed = True
         with cluster.naming_faults():
             return loop(**arguments)
 
-    def _build_from(self, data: Any) -> Any:
-        """Makes the template's weights, if it has none, before anything is traced."""
-        if not self.template.built:
+    def _build_from(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Makes the template's weights, if it has none, before anything is traced.
+
+        Args:
+            arguments: Those of a loop, by name.
+
+        Returns:
+            Those that are used up, anew.
+        """
+        if self.template.built:
+            return {}
+        data = arguments.get("x")
+        # What a loop of its own makes of its data is not known.
+        if not self._template_loops:
             inputs, data = first_batch(data)
             if inputs is not None:
                 self._build_template((inputs,), {})
-            checks.check_built(self.template)
-        return data
+        checks.check_built(self.template)
+        return {"x": data}
+
+    def _by_name(
+        self, loop: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments by name, as Keras' loop names them, or the template's own."""
+        signature = self._signature(loop.__name__)
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given.update(given.pop(name, {}))
+        return given
+
+    def _takes_callbacks(self, loop: str) -> bool:
+        parameters = self._signature(loop).parameters
+        return "callbacks" in parameters or any(
+            parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+        )
+
+    def _signature(self, loop: str) -> inspect.Signature:
+        """That of a loop, the template's own if it has one."""
+        if self._template_loops:
+            return inspect.signature(getattr(self.template, loop))
+        whole = inspect.signature(getattr(keras.Model, loop))
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
 
     def _on_batch(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cluster = self._cluster
         if cluster is None:
             with servers.naming_faults():
                 return step(*args, **kwargs)
-        self._build_from(args[0] if args else kwargs["x"])
+        self._build_from({"x": args[0] if args else kwargs.get("x")})
         if not self._agreed:
             agree_on_state(self, cluster)
             self._agreed = True
@@ -173,23 +210,14 @@ class WorkerLoops(Wrapper):
             return step(*args, **kwargs)
 
 
-def _by_name(
-    loop: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments by name; the loops of Keras' model, not of what wraps them, name them."""
-    loop = getattr(keras.Model, loop.__name__)
-    given = inspect.signature(loop).bind(None, *args, **kwargs).arguments
-    return {name: value for name, value in given.items() if name != "self"}
-
-
-def _with_agreement(callbacks: Any, workers: Workers) -> Any:
+def _with_agreement(callbacks: Any, agreement: Agreement) -> Any:
     """The callbacks that this worker runs, the agreement after all that restore something."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         given = callbacks.callbacks
-        given[:] = [one for one in given if workers.chief or not isinstance(one, _WRITERS)]
-        for one in (*torn_backups(given), Agreement(workers)):
+        given[:] = [one for one in given if agreement.chief or not isinstance(one, _WRITERS)]
+        for one in (*torn_backups(given), agreement):
             callbacks.append(one)
         return callbacks
     given = [] if callbacks is None else keras.tree.flatten(callbacks)
-    kept = [one for one in given if workers.chief or not isinstance(one, _WRITERS)]
-    return [*kept, *torn_backups(kept), Agreement(workers)]
+    kept = [one for one in given if agreement.chief or not isinstance(one, _WRITERS)]
+    return [*kept, *torn_backups(kept), agreement]

@@ -255,7 +255,7 @@ class ParallelSteps(Wrapper):
         reading it, also where there is none any more. XLA does not, so the bare model's
         counter would stay behind.
         """
-        waits = self.template.jit_compile and not tf.executing_eagerly()
+        waits = self._towers_by_xla and not tf.executing_eagerly()
         return tf.control_dependencies(tensors(data)) if waits else contextlib.nullcontext()
 
     def _phase(self, *, training: bool) -> dict[str, bool]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from parallel_keras.steps.template_steps import own_loops
+
 if TYPE_CHECKING:
     from parallel_keras.homes.plan import Homes
     from parallel_keras.steps.calls import Calls
@@ -38,9 +40,16 @@ class Wrapper(keras.Model):
     _cluster: Workers | None
     _calls: Calls
     _template_steps: TemplateSteps
+    _towers_by_xla: bool
     _parallel_call: Any
     train_function: Any
     test_function: Any
     _inherit_compile: Callable[..., None]
     _settle: Callable[..., None]
     _build_template: Callable[[tuple[Any, ...], dict[str, Any]], None]
+
+    @property
+    def _template_loops(self) -> bool:
+        """Whether the template runs its loops by itself."""
+        template = vars(self).get("template")
+        return template is not None and bool(own_loops(template))

@@ -150,11 +150,12 @@ class Agreement(keras.callbacks.Callback):
 
     Args:
         workers: The `Workers`.
+        wrapper: The `DataParallelModel`. The loop may be that of its template.
     """
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(self, workers: Workers, wrapper: Any) -> None:
         super().__init__()
-        self._workers = workers
+        self._workers, self._wrapper = workers, wrapper
         self._training = False
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -175,5 +176,13 @@ class Agreement(keras.callbacks.Callback):
 
     def _agree(self) -> None:
         # While they train together, weights are the same all the time.
-        if not self._training and self.model.template.built:
-            agree_on_state(self.model, self._workers)
+        if not self._training and self._wrapper.template.built:
+            epoch = _compat.get_initial_epoch(self.model)
+            _compat.set_initial_epoch(self._wrapper, epoch)
+            agree_on_state(self._wrapper, self._workers)
+            _compat.set_initial_epoch(self.model, _compat.get_initial_epoch(self._wrapper))
+
+    @property
+    def chief(self) -> bool:
+        """Whether this worker writes the files of all."""
+        return self._workers.chief
