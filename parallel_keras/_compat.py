@@ -62,6 +62,11 @@ def in_stateless_scope() -> bool:
     return _backend.in_stateless_scope()
 
 
+def stateless_scope() -> Any:
+    """The `keras.StatelessScope` that is open, or `None`; see `in_stateless_scope`."""
+    return _backend.common.stateless_scope.get_stateless_scope()
+
+
 def gradient_order(tensors: list[Any]) -> int:
     """How often the tapes that record now may differentiate what is computed from tensors.
 

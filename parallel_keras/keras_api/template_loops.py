@@ -132,4 +132,4 @@ class TemplateLoops(Wrapper):
             template.jit_compile = jit
             for name in _LEFT:
                 if name in attributes:
-                    vars(self)[name] = attributes[name]
+                    self.__dict__[name] = attributes[name]

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.graphs.graph import calling
+from parallel_keras.towers.recompute import RecomputeScope
 from parallel_keras.towers.trial import Trial, is_mean, is_random, near
 
 # The groups of rows that a layer is tried on, alone and together.
@@ -108,7 +109,9 @@ class Moving:
             For each of its terms `"mean"`, `"sum"`, `"none"` if it is neither, or `"unknown"`.
             Empty if nothing could be found out.
         """
-        if _compat.in_stateless_scope() or id(layer) not in self._calls:
+        scope = _compat.stateless_scope()
+        symbolic = scope is not None and not isinstance(scope, RecomputeScope)
+        if symbolic or id(layer) not in self._calls:
             return []
         if id(layer) not in self._terms:
             self._terms[id(layer)] = self._try_terms(layer)
