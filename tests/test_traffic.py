@@ -135,7 +135,10 @@ def test_conditions_fetch_no_weights(
         step = tf.function(parallel.train_step, autograph=False)
         data = (tf.constant(rows(8, 9)), tf.constant(rows(8, 3)))
         counts.append(received(step, data, tmp_path / str(layers)))
-    usual = sorted(counts[0].values())[1]
+    # To a loss of merged outputs Keras adds the regulariser of each kernel by itself.
+    few, many = (each.pop("CPU:0") for each in counts)
+    assert many <= few + 4 + (6 if loss_on == "merged" else 0)
+    usual = min(counts[0].values())
     *others, most = sorted(counts[1].values())
     assert max(others) <= usual + 4, counts
     # Norms, and whether gradients are finite, are numbers, gathered in one place.
