@@ -28,6 +28,7 @@ from parallel_keras.steps.overriding import LEARNING, overrides
 from parallel_keras.steps.template_steps import TemplateSteps
 from parallel_keras.towers.results import Call, Merged, as_call
 from parallel_keras.towers.run import Towers, current
+from parallel_keras.workers import servers
 from parallel_keras.workers.agreement import agree_on_state, check_same, facts_of
 from parallel_keras.workers.alone import Alone
 from parallel_keras.workers.connection import connect
@@ -216,8 +217,9 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, TemplateLoo
         args, kwargs = _as_positional(self.template, args, kwargs)
         if not self.template.built:
             self._build_template(args, kwargs)
-        self._settle()
-        return super().__call__(*args, **kwargs)
+        with servers.naming_faults():
+            self._settle()
+            return super().__call__(*args, **kwargs)
 
     def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as `keras.Model.fit` does, with its arguments.
@@ -299,7 +301,9 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, TemplateLoo
             running: Whether a function of this model runs, which is not traced yet and knows
                 nothing that moves. Defaults to `False`.
         """
-        if not self.homes.settle():
+        with servers.naming_faults():
+            moved = self.homes.settle()
+        if not moved:
             return
         # What was traced knows variables where they were.
         self._make_calls()

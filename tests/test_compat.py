@@ -272,6 +272,47 @@ def test_numbers_are_read_once_until_they_are_assigned() -> None:
     assert float(number + 1.0) == 3
 
 
+def test_the_open_scope() -> None:
+    assert _compat.stateless_scope() is None
+    with keras.StatelessScope() as scope:
+        assert _compat.stateless_scope() is scope
+
+
+def test_what_a_graph_takes_from_outside() -> None:
+    found: list[Any] = []
+
+    @tf.function
+    def outer(x: tf.Tensor) -> tf.Tensor:
+        twice = 2 * x
+
+        @tf.function
+        def inner() -> tf.Tensor:
+            found.append((twice, _compat.captured(twice + 0.0), tf.identity(twice)))
+            return twice + 1.0
+
+        return inner()
+
+    outer(tf.constant(1.0))
+    outside, of_sum, inside = found[0]
+    assert _compat.captured(inside.op.inputs[0]) is outside
+    assert of_sum is None
+
+
+def test_what_an_optimizer_was_built_for() -> None:
+    optimizer = keras.optimizers.Adam()
+    variables = [keras.Variable([1.0]), keras.Variable([2.0, 3.0])]
+    optimizer.build(variables)
+    assert [id(v) for v in _compat.optimized(optimizer)] == [id(v) for v in variables]
+
+
+def test_whether_losses_and_metrics_have_their_variables() -> None:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    assert not _compat.losses_and_metrics_are_built(model)
+    model.train_on_batch(np.ones((3, 2)), np.ones((3, 1)))
+    assert _compat.losses_and_metrics_are_built(model)
+
+
 def test_every_function_has_a_test() -> None:
     public = {name for name, value in vars(_compat).items() if inspect.isfunction(value)}
     used = set(re.findall(r"_compat\.(\w+)\(", Path(__file__).read_text()))

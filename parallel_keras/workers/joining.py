@@ -131,4 +131,4 @@ def _only_numbers(message: Message, some: tf.Tensor) -> Message:
     numbers, terms = tf.nest.map_structure(
         lambda value: _only(value, some), (message.numbers, message.terms)
     )
-    return message._replace(numbers=numbers, terms=terms)
+    return Message(message.gradients, message.by_rows, numbers, terms, message.state)
