@@ -24,7 +24,8 @@ from parallel_keras.steps.building import build_template
 from parallel_keras.steps.calls import Calls
 from parallel_keras.steps.first_batch import first_batch
 from parallel_keras.steps.keras_steps import ParallelSteps
-from parallel_keras.steps.template_steps import LEARNING, TemplateSteps, overrides
+from parallel_keras.steps.overriding import LEARNING, overrides
+from parallel_keras.steps.template_steps import TemplateSteps
 from parallel_keras.towers.results import Call, Merged, as_call
 from parallel_keras.towers.run import Towers, current
 from parallel_keras.workers.agreement import agree_on_state, check_same, facts_of

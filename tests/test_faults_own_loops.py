@@ -454,9 +454,9 @@ def texts(size: int) -> tf.data.Dataset:
 
 
 @pytest.mark.parametrize("towers", TOWERS)
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("anew", [False, True])
 @pytest.mark.parametrize("kind", [Classifier, CausalLM])
-def test_tasks_as_those_of_keras_hub(kind: Any, compile: bool, towers: int, tmp_path: Path) -> None:
+def test_tasks_as_those_of_keras_hub(kind: Any, anew: bool, towers: int, tmp_path: Path) -> None:
     """X3: `fit` on texts, datasets of texts, defaults in `compile`, `generate`."""
     models = []
     for wrap in (False, True):
@@ -464,7 +464,7 @@ def test_tasks_as_those_of_keras_hub(kind: Any, compile: bool, towers: int, tmp_
         models.append(pk.DataParallelModel(kind(), towers) if wrap else kind())
     bare, parallel = models
     for model in models:
-        if compile:
+        if anew:
             more = {"sampler": "worst"} if kind is CausalLM else {"metrics": ["accuracy"]}
             model.compile(optimizer=keras.optimizers.SGD(0.1), **more)
 

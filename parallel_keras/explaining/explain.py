@@ -17,7 +17,7 @@ from parallel_keras.explaining.traffic import traffic
 from parallel_keras.homes.links import is_gpu
 from parallel_keras.homes.plan import size_of
 from parallel_keras.model import DataParallelModel
-from parallel_keras.steps.template_steps import LEARNING, overrides
+from parallel_keras.steps.overriding import LEARNING, overrides
 from parallel_keras.towers import losses
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from parallel_keras.steps.template_steps import Redirected
+from parallel_keras.steps.overriding import Redirected
 from parallel_keras.steps.wrapper import Wrapper
 
 # What a loop does with the model that runs it, and this wrapper does for the template.
@@ -104,12 +104,11 @@ class TemplateLoops(Wrapper):
         does not take them for layers.
         """
         template = self.template
-        attributes: dict[str, Any] = vars(template)
+        attributes: dict[str, Any] = template.__dict__
         if any(isinstance(attributes.get(name), Redirected) for name in _STEPS):
             yield
             return
         self._settle()
-        attributes: dict[str, Any] = vars(template)
         names = (*_STEPS, *_FILES)
         before = {name: attributes[name] for name in names if name in attributes}
         jit = template.jit_compile
@@ -132,4 +131,4 @@ class TemplateLoops(Wrapper):
             template.jit_compile = jit
             for name in _LEFT:
                 if name in attributes:
-                    vars(self)[name] = attributes[name]
+                    self.__dict__[name] = attributes[name]

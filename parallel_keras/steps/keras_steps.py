@@ -19,8 +19,8 @@ from parallel_keras.steps.building import (
     build_losses_and_metrics,
 )
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch, StepResult
+from parallel_keras.steps.overriding import LEARNING, overrides
 from parallel_keras.steps.penalties import Penalty, penalties, total
-from parallel_keras.steps.template_steps import LEARNING, overrides
 from parallel_keras.steps.wrapper import Wrapper
 from parallel_keras.towers import losses
 from parallel_keras.towers.collectives import one_replica

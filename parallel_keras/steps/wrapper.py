@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from parallel_keras.steps.template_steps import own_loops
+from parallel_keras.steps.overriding import own_loops
 
 if TYPE_CHECKING:
     from parallel_keras.homes.plan import Homes
