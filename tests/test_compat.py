@@ -546,3 +546,11 @@ def test_what_tapes_will_ask_for_is_not_public() -> None:
         tape.watch(x)
         assert _compat.gradient_order([x]) == 2
     assert _compat.gradient_order([]) == 0
+
+
+def test_compiled_losses_and_metrics_say_whether_they_are_built() -> None:
+    model = mlp()
+    model.compile("sgd", "mse", metrics=["mae"])
+    assert not _compat.losses_and_metrics_are_built(model)
+    model.fit(rows(4, 6), rows(4, 3), verbose=0)
+    assert _compat.losses_and_metrics_are_built(model)
