@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import attr
 import keras
 import numpy as np
 import pytest
@@ -141,7 +142,6 @@ def test_inputs_of_other_classes(make: Any) -> None:
 
 def test_attrs_classes() -> None:
     """X4: as TensorFlow knows them."""
-    attr = pytest.importorskip("attr")
     made = attr.make_class("Made", ["x", "y"])
     given = made(tf.range(5), [tf.range(5), None])
     parts = shard.shard({"a": given}, 2).parts

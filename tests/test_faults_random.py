@@ -166,3 +166,17 @@ def test_a_model_that_draws_nothing_is_traced_once() -> None:
     traces.clear()
     parallel.predict(rows(6, 6), batch_size=6, verbose=0)
     assert len(traces) == 1
+
+
+def test_a_constant_seed_says_what_is_drawn() -> None:
+    """X2: no stream, but a value, which is the same wherever it is drawn."""
+
+    class Fixed(keras.layers.Layer):
+        def call(self, x: tf.Tensor) -> tf.Tensor:
+            return x + keras.random.normal(keras.ops.shape(x), seed=1)
+
+    template = keras.Sequential([keras.Input((3,)), Fixed()])
+    zeros = np.zeros((6, 3), "float32")
+    whole = template.predict(zeros, verbose=0)
+    parts = pk.DataParallelModel(template, 3).predict(zeros, verbose=0)
+    np.testing.assert_allclose(parts, np.concatenate([whole[:2]] * 3), rtol=1e-6)
