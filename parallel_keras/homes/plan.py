@@ -49,7 +49,7 @@ def plan(
     >>> sizes = [keras.Variable([0.0] * size) for size in (1, 4, 2, 3)]
     >>> homes = plan(sizes, ["a", "b"], {"a": 0, "b": 0})
     >>> [homes[id(variable)] for variable in sizes]
-    ['b', 'a', 'b', 'b']
+    ['a', 'a', 'b', 'b']
     """
     homes = {}
     for variable in sorted(variables, key=size_of, reverse=True):  # stable: ties keep their order
