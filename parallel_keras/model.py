@@ -208,7 +208,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, TemplateLoo
         merged = self._calls.differentiable(flow, as_call((inputs, *args), kwargs, mask), training)
         if merged.terms:
             self.add_loss(merged.terms)
-        return merged.attached()
+        return merged.attached(self.template)
 
     _parallel_call = call  # what a subclass may override, and then the towers' loss would bypass
 

@@ -164,7 +164,9 @@ class Pieces:
             terms = [tf.cast(term, tf.float32) for term in keras.tree.flatten(merged.terms)]
             loss = tf.add_n([tf.zeros(()), *terms])
             if self.parallel.loss is not None:
-                data_loss = _compat.data_loss(self.parallel, y, merged.attached(), sample_weight)
+                data_loss = _compat.data_loss(
+                    self.parallel, y, merged.attached(self.parallel.template), sample_weight
+                )
                 loss += tf.cast(data_loss, tf.float32)
         with tf.device(self.parallel.merge_device):
             return tape.gradient(loss, forward.parts())

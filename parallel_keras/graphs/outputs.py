@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from parallel_keras.nests import flatten, flatten_with_paths
 
 # For each axis whether its size follows the number of rows; `None` where nobody knows.
 Axes = list[bool | None]
+_OUTPUT = re.compile(r"output (\d+/[\w/]+)")
 # Two numbers of rows that are not each other's multiples.
 _FEW, _MORE = 4, 7
 
@@ -25,6 +27,8 @@ class Given(NamedTuple):
         sizes: Function from a number of rows to outputs of that many, a nest of things with a
             `shape`. It calls the template once more, symbolically.
         known: What a functional template knows of its outputs: the shape of each leaf.
+        left: Function from a number of rows to what is left on layers then, see `left_behind`.
+        layer: Function from the path of what is left to what an error says of it.
         penalty: Function from the number of a layer, and its activity over the whole batch, to
             what its activity regulariser makes of that.
     """
@@ -33,7 +37,17 @@ class Given(NamedTuple):
     leaves: list[Any]
     sizes: Callable[[int], Any]
     known: list[tuple[int | None, ...]]
+    left: Callable[[int], Any]
+    layer: Callable[[str], str]
     penalty: Callable[[str, tf.Tensor], tf.Tensor]
+
+    def of_left(self) -> Given:
+        """What is known of what is left on layers, instead of the outputs."""
+        return self._replace(sizes=self.left, known=[])
+
+    def on_layers(self, message: str) -> str:
+        """What an error about an output says where it is about what was left on a layer."""
+        return _OUTPUT.sub(lambda found: self.layer(found[1]), message)
 
     def has_rows_alone(self, index: int) -> bool:
         """Whether an output is known to have rows on its first axis, and on no other."""

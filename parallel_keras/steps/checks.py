@@ -283,6 +283,7 @@ def check_may_merge(loss_on: str, cause: Exception) -> None:
     if loss_on == "towers":
         raise ValueError(
             "The loss of the batch is not the sum of the losses of its parts: an output has a "
-            "mask, no axis besides rows, or not its rows on the first axis alone, or an activity "
-            'regulariser may look at several rows. Received: loss_on="towers". Use loss_on="auto".'
+            "mask, no axis besides rows, or not its rows on the first axis alone, an activity "
+            "regulariser may look at several rows, or metrics at what `call` leaves on a layer. "
+            'Received: loss_on="towers". Use loss_on="auto".'
         ) from cause

@@ -170,7 +170,9 @@ class LossStep:
                 y_pred = tower.call_template(scope, part["call"], training)
                 self._check_rows(y_pred, part)
                 data_loss = _compat.data_loss(self.model, part["y"], y_pred, part["weights"])
-            if scope.activities:
+            # Metrics of any kind, or without a graph anybody, may read what is left on layers.
+            read = bool(scope.left) and (not self.count or tf.executing_eagerly())
+            if scope.activities or read:
                 raise NeedsWholeBatch
             loss = self._weighted(data_loss, tower.terms(scope), part, *scales)
         up = None if loss_scale is None else tf.cast(loss_scale, loss.dtype)

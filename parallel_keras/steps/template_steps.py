@@ -88,4 +88,4 @@ class TemplateSteps:
         layers = _compat.all_layers(model) if merged.terms else []
         for number, terms in merged.terms.items():
             layers[int(number)].add_loss(terms)
-        return merged.attached()
+        return merged.attached(model)

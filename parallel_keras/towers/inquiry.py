@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
+from parallel_keras import _compat
 from parallel_keras.graphs.outputs import Given
 from parallel_keras.graphs.sparse import Sorting
 from parallel_keras.nests import flatten, flatten_with_paths, mapped, symbol
+from parallel_keras.towers import left_behind
 from parallel_keras.towers.function import Body
 from parallel_keras.towers.results import Call, Sort
 
@@ -51,11 +53,13 @@ class Inquiry:
         ]
         # A call may have nothing to cut but what all towers get whole.
         counts = [*counts] or [leaves[0].shape[0] if leaves else None]
-        sizes = functools.partial(self._sizes, call)
-        return Given(counts, leaves, sizes, known, self._tower.penalty)
+        sizes, left = (functools.partial(self._sizes, call, left=left) for left in (False, True))
+        layers = _compat.all_layers(self._tower.template)
+        layer = functools.partial(left_behind.name_of, layers)
+        return Given(counts, leaves, sizes, known, left, layer, self._tower.penalty)
 
-    def _sizes(self, call: Call, rows: int) -> Any:
-        """The outputs of a call with another number of rows, symbolically."""
+    def _sizes(self, call: Call, rows: int, *, left: bool) -> Any:
+        """The outputs of a call with another number of rows, symbolically, or what it leaves."""
         cut = {id(leaf) for leaf in self._cut_leaves(call)}
 
         def resized(leaf: Any) -> Any:
@@ -67,10 +71,12 @@ class Inquiry:
         given = {part: mapped(resized, call[part]) for part in ("args", "kwargs")}
         key = str(given)
         if key not in self._known_sizes:
-            self._known_sizes[key] = self._tower.template.compute_output_spec(
-                *given["args"], **given["kwargs"]
-            )
-        return self._known_sizes[key]
+            with left_behind.noting(_compat.all_layers(self._tower.template)) as noted:
+                outputs = self._tower.template.compute_output_spec(
+                    *given["args"], **given["kwargs"]
+                )
+            self._known_sizes[key] = outputs, noted
+        return self._known_sizes[key][left]
 
     def sort(
         self, gradients: list[Any], name: str, again: Callable[..., Any], given: tuple[Any, ...]

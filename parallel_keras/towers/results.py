@@ -15,6 +15,8 @@ from parallel_keras import _compat, merge
 from parallel_keras.graphs.outputs import Given, are_by_rows, whole_outputs
 from parallel_keras.nests import floats
 from parallel_keras.shard import Shards
+from parallel_keras.towers import left_behind
+from parallel_keras.towers.left_behind import Left
 from parallel_keras.towers.losses import term_rule
 from parallel_keras.towers.recompute import RecomputeScope
 from parallel_keras.workers.message import Message
@@ -108,6 +110,7 @@ class CallResult(NamedTuple):
         terms: What layers gave to `add_loss`, see `Tower.terms`.
         activities: What activity regularisers will see of the whole batch, by the number of
             the layer.
+        left: What was left on layers, see `left_behind`.
         state: What was assigned and depends on the shard.
         constant: What was assigned and does not.
     """
@@ -117,12 +120,13 @@ class CallResult(NamedTuple):
     logits: Any
     terms: dict[str, list[tf.Tensor]]
     activities: dict[str, list[tf.Tensor]]
+    left: Left
     state: Updates
     constant: Updates
 
     def differentiable(self) -> list[tf.Tensor]:
         """Everything that a gradient can flow to."""
-        return floats((self.outputs, self.logits, self.terms, self.activities))
+        return floats((self.outputs, self.logits, self.terms, self.activities, self.left))
 
     def changed(self, **fields: Any) -> CallResult:
         """The same, with other values in some fields."""
@@ -133,18 +137,18 @@ class CallResult(NamedTuple):
         # Terms that are no numbers may have rows, of which each tower has others.
         numbers = _terms(self.terms, lambda term: term.shape.rank == 0)
         others = _terms(self.terms, lambda term: term.shape.rank != 0)
-        by_rows = (self.outputs, self.masks, self.logits, self.activities, others)
+        by_rows = (self.outputs, self.masks, self.logits, self.activities, others, self.left)
         return Message([], by_rows, (), numbers, (self.state, self.constant))
 
     def received(self, message: Message) -> CallResult:
         """The result of the tower that the message is from."""
-        outputs, masks, logits, activities, others = message.by_rows
+        outputs, masks, logits, activities, others, left = message.by_rows
         numbers, (state, constant) = message.terms, message.state
         terms = {}
         for owner, mine in self.terms.items():
             scalars, vectors = iter(numbers.get(owner, [])), iter(others.get(owner, []))
             terms[owner] = [next(vectors if term.shape.rank else scalars) for term in mine]
-        return CallResult(outputs, masks, logits, terms, activities, state, constant)
+        return CallResult(outputs, masks, logits, terms, activities, left, state, constant)
 
 
 class Merged(NamedTuple):
@@ -155,15 +159,23 @@ class Merged(NamedTuple):
         masks: Their masks, a nest like it.
         logits: What a softmax or sigmoid at the end was computed from, a nest like it.
         terms: What layers gave to `add_loss`, by the number of the layer.
+        left: What was left on layers, see `left_behind`.
     """
 
     outputs: Any
     masks: Any
     logits: Any
     terms: dict[str, list[tf.Tensor]]
+    left: Left
 
-    def attached(self) -> Any:
-        """The outputs, with masks and logits attached as Keras does."""
+    def attached(self, model: keras.Model) -> Any:
+        """The outputs, with masks and logits attached as Keras does.
+
+        Args:
+            model: The model that was called; on its layers is put what was left there.
+        """
+        if self.left:
+            left_behind.put(_compat.all_layers(model), self.left)
         keras.tree.map_structure(_compat.set_mask, self.outputs, self.masks)
         keras.tree.map_structure(_compat.set_logits, self.outputs, self.logits)
         return self.outputs
@@ -257,7 +269,19 @@ class Pass:
                 )
             )
             terms = self._terms()
-            return Merged(outputs, masks, logits, terms)
+            return Merged(outputs, masks, logits, terms, self._left())
+
+    def _left(self) -> Left:
+        """What was left on layers, of the whole batch."""
+        parts = [result.left for result in self.results]
+        if not parts[0] or len(parts) == 1:
+            return parts[0]
+        here = [result.left for result in self.here]
+        try:
+            whole = whole_outputs(here, self.rules, self.given.of_left())
+            return merge.outputs(parts, self.shards, self.rules, whole)
+        except ValueError as error:
+            raise ValueError(self.given.on_layers(str(error))) from error
 
     def _terms(self) -> dict[str, list[tf.Tensor]]:
         """What layers gave to `add_loss`, of the whole batch, by the number of the layer."""

@@ -70,6 +70,7 @@ class TowerScope(keras.StatelessScope):
             for calls of their own, `"activity"` for activity regularisers.
         activities: What activity regularisers were given that must see the whole batch, by the
             number of the layer.
+        left: What the call left on layers, see `left_behind`.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class TowerScope(keras.StatelessScope):
         self.updates: dict[int, Assigned] = {}
         self.terms: dict[str, list[tf.Tensor]] = {"activity": [], "add_loss": []}
         self.activities: dict[str, list[tf.Tensor]] = {}
+        self.left: dict[str, dict[str, Any]] = {}
         self._source = "add_loss"
         self._handles: dict[int, tuple[tf.Tensor, str]] = {}
         self._real: dict[int, tf.Variable] = {}

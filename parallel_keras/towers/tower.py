@@ -12,6 +12,7 @@ from absl import logging
 
 from parallel_keras import _compat
 from parallel_keras.graphs.graph import depends_on
+from parallel_keras.towers import left_behind
 from parallel_keras.towers.collectives import Peers, talking_to
 from parallel_keras.towers.losses import activity_penalty
 from parallel_keras.towers.moving import Moving
@@ -82,8 +83,8 @@ class Tower:
         state, constant = self.updates(scope, (call, number))
         masks = keras.tree.map_structure(_compat.get_mask, outputs)
         logits = keras.tree.map_structure(_compat.get_logits, outputs)
-        terms = self.terms(scope)
-        return CallResult(outputs, masks, logits, terms, scope.activities, state, constant)
+        terms, left = self.terms(scope), scope.left
+        return CallResult(outputs, masks, logits, terms, scope.activities, left, state, constant)
 
     def scope(
         self,
@@ -107,9 +108,16 @@ class Tower:
         layers = _compat.all_layers(self.template)
         noting = self.moving.noting_calls()
         _compat.forget_loss_owners(self.template)
-        with scope.telling_activity(layers), self.tables.looking_up(scope), noting:
+        with (
+            scope.telling_activity(layers),
+            self.tables.looking_up(scope),
+            noting,
+            left_behind.noting(layers) as left,
+        ):
             args, kwargs = by_name(self.template, call["args"], call["kwargs"])
-            return self.template(*args, **given(training), **kwargs)
+            outputs = self.template(*args, **given(training), **kwargs)
+        scope.left = left
+        return outputs
 
     def terms(self, scope: TowerScope) -> dict[str, list[tf.Tensor]]:
         """What the template's layers gave to `add_loss`, by source and number of the layer.
