@@ -44,7 +44,7 @@ demo: $(VENV)/.extra-demo ## Train on digits on one device and on all; writes di
 test: $(VENV)/.extra-test ## Run the tests but the slow ones
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
-test-all: $(VENV)/.extra-test ## Run all tests, as CI does
+test-all: $(VENV)/.extra-test ## Run all tests, also the slow ones
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest Python, TensorFlow and Keras
