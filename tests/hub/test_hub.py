@@ -99,7 +99,7 @@ def causal_language_model() -> Program:
 
 def image_classifier() -> Program:
     backbone = keras_hub.models.ResNetBackbone(
-        input_conv_filters=[4],
+        input_conv_filters=[64],
         input_conv_kernel_sizes=[3],
         stackwise_num_filters=[64],
         stackwise_num_blocks=[1],
@@ -122,10 +122,6 @@ def image_classifier() -> Program:
     return Program(model, pictures, classes(7, 3), rtol=1e-4)
 
 
-X3 = pytest.mark.xfail(strict=True, reason="X3: fit and predict of the template's own")
-
-
-@X3
 @pytest.mark.parametrize(
     "make",
     [
@@ -136,6 +132,7 @@ X3 = pytest.mark.xfail(strict=True, reason="X3: fit and predict of the template'
     ],
 )
 def test_same_as_on_one_device(make: Callable[[], Program]) -> None:
+    """X3: the task's own `fit`, `evaluate` and `predict`, on strings and on bytes of images."""
     assert_same(run(make), run(make, TOWERS))
 
 
@@ -150,7 +147,7 @@ def test_generate() -> None:
         assert parallel.generate(SENTENCES[:4], max_length=8) == expected
         assert parallel.generate("the fox", max_length=8) == bare.generate("the fox", max_length=8)
         for model in (bare, parallel):
-            model.fit(SENTENCES, batch_size=5, verbose=0)
+            model.fit(SENTENCES, batch_size=5, shuffle=False, verbose=0)
 
 
 def test_without_a_preprocessor() -> None:
