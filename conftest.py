@@ -76,3 +76,13 @@ def enough_devices() -> None:
             "plugin that runs TensorFlow.",
             returncode=pytest.ExitCode.USAGE_ERROR,
         )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets tests fail whose faults are known and not mended yet; see tests/known_failures.py."""
+    from tests.known_failures import KNOWN
+
+    for item in items:
+        for beginning, reason in KNOWN.items():
+            if item.nodeid.startswith(beginning):
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=False))

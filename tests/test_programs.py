@@ -22,9 +22,7 @@ from tests.programs import (
 from tests.programs.program import BATCH, TOWERS, Make, assert_same, run
 
 # Programs that are still another number or an error on several devices, under the fault that it is.
-NOT_YET = {
-    text.methods_that_prepare: "X3: fit, evaluate and predict of the template's own",
-}
+NOT_YET: dict[Make, str] = {}
 # Programs that are refused on several devices, and what the error says.
 REFUSED: dict[Make, str] = {
     generative.moving_codebook: "made of the rows in a way that parts of the batch cannot",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import keras
@@ -35,6 +36,10 @@ class TraceAgain(BaseException):
         self.no_xla = no_xla
 
 
+# By the id of a variable, for as long as it lives: what stands in for it on each device.
+_STAND_INS: dict[int, dict[str, tf.Variable]] = {}
+
+
 class Needs:
     """What the towers of a model need.
 
@@ -49,7 +54,6 @@ class Needs:
         self.apart = False
         self.as_variables: set[int] = set()
         self.stand_ins: set[int] = set()
-        self._made: dict[tuple[str, int], tf.Variable] = {}
 
     def stand_in(
         self, device: str, index: int, variable: keras.Variable, value: tf.Tensor
@@ -65,13 +69,18 @@ class Needs:
         Returns:
             The same `tf.Variable` each time.
         """
-        key = device, index
-        if key not in self._made:
+        del index
+        # Kept for all towers of a model: a step may not make variables when it is traced again.
+        if id(variable) not in _STAND_INS:
+            _STAND_INS[id(variable)] = {}
+            weakref.finalize(variable, _STAND_INS.pop, id(variable), None)
+        made = _STAND_INS[id(variable)]
+        if device not in made:
             with tf.init_scope(), tf.device(device):
-                self._made[key] = tf.Variable(
+                made[device] = tf.Variable(
                     tf.zeros(value.shape, value.dtype),
                     trainable=variable.trainable,
                     name=f"tower_{variable.name}",
                 )
-        self._made[key].assign(value)
-        return self._made[key]
+        made[device].assign(value)
+        return made[device]
