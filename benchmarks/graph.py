@@ -14,7 +14,7 @@ import tensorflow as tf
 
 import parallel_keras as pk
 from benchmarks.workloads import next_word
-from parallel_keras.measuring.worker import prepare
+from parallel_keras.measuring.runner import prepare
 
 ROWS, TOWERS = 16, 2
 MERGE, DEVICES = "/device:CPU:0", ["/device:CPU:1", "/device:CPU:2"]

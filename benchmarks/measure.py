@@ -1,6 +1,6 @@
 """The process that measures one workload with one peer on so many devices.
 
-Started by the harness with a JSON spec; answers the commands of `parallel_keras.measuring.worker`
+Started by the harness with a JSON spec; answers the commands of `parallel_keras.measuring.runner`
 and `profile`.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import phases
 from benchmarks.peers import HALF, PEERS
 from benchmarks.workloads import WORKLOADS
-from parallel_keras.measuring.worker import Contender, prepare, serve
+from parallel_keras.measuring.runner import Contender, prepare, serve
 
 
 def make(spec: dict[str, Any], devices: list[str]) -> Contender:

@@ -12,7 +12,7 @@ import sys
 
 import parallel_keras as pk
 from benchmarks.workloads import WORKLOADS
-from parallel_keras.measuring.worker import Contender, prepare
+from parallel_keras.measuring.runner import Contender, prepare
 
 WORKLOAD, STEPS = "tiny", 60
 

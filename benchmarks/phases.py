@@ -18,7 +18,7 @@ import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from benchmarks.names import ALONE, MERGE, NOTHING, PHASES, SIDE_BY_SIDE, UPDATE
-from parallel_keras.measuring.worker import Contender
+from parallel_keras.measuring.runner import Contender
 
 OPERATION = re.compile(r"^(?P<node>[^: ][^:]*):_?[A-Z]\w*$")
 Event = tuple[float, float, str]  # start, end, "tower", "update" or "merge"

@@ -10,7 +10,7 @@ from benchmarks.peers import HALF
 from benchmarks.settings import Settings
 from parallel_keras.measuring import rounds
 
-WORKER = "benchmarks.measure"
+RUNNER = "benchmarks.measure"
 # As `predict_on_batch` does not cut the batch under a strategy, only these predict.
 PREDICTING = ("bare", HALF, "ours")
 
@@ -46,7 +46,7 @@ def contenders(workload: str, settings: Settings) -> dict[str, dict[str, Any]]:
 
 def measure(workload: str, settings: Settings) -> dict[str, Any]:
     """Everything about the speed of one workload, for each contender by its key."""
-    with rounds.workers(WORKER, contenders(workload, settings)) as every:
+    with rounds.runners(RUNNER, contenders(workload, settings)) as every:
         train = rounds.take_turns(every, "train", settings.rounds, settings.seconds)
         predicting = {name: each for name, each in every.items() if name.startswith(PREDICTING)}
         predict = rounds.take_turns(predicting, "predict", settings.rounds, settings.seconds / 2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.settings import Settings
-from benchmarks.speed import WORKER, key
-from parallel_keras.measuring.rounds import Worker
+from benchmarks.speed import RUNNER, key
+from parallel_keras.measuring.rounds import Runner
 
 WORKLOAD = "xception"
 
@@ -34,8 +34,8 @@ def measure(settings: Settings) -> dict[str, dict[str, list[float]]]:
 
 def _once(peer: str, devices: int) -> dict[str, Any]:
     spec = {"workload": WORKLOAD, "peer": peer, "devices": devices}
-    with Worker(WORKER, spec) as worker:
-        worker.ask("train", 3)
-        held = worker.ask("memory")
+    with Runner(RUNNER, spec) as runner:
+        runner.ask("train", 3)
+        held = runner.ask("memory")
         memory = held["peak"] - held["baseline"]
-        return {"build": worker.start["build"], "first": worker.start["first"], "memory": memory}
+        return {"build": runner.start["build"], "first": runner.start["first"], "memory": memory}

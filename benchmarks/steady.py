@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 import parallel_keras as pk
-from parallel_keras.measuring.worker import prepare
+from parallel_keras.measuring.runner import prepare
 
 
 def _model() -> keras.Model:

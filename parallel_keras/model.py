@@ -138,7 +138,7 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, TemplateLoo
                 "Wrap what it wraps: DataParallelModel(model.template, devices=...)."
             )
         checks.check_no_strategy(template)
-        cluster = connect(strategy, feeds_own=checks.OWN_ROWS in (rules or {}).items())
+        cluster = connect(strategy, feeds_own_rows=checks.OWN_ROWS in (rules or {}).items())
         task = "" if cluster is None else cluster.task
         names = resolve(devices, task)[: 1 if uncut else None]
         if cluster is not None:

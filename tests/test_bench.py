@@ -18,7 +18,7 @@ from parallel_keras.commands import bench, speeds
 from parallel_keras.measuring import models, rounds, subject
 from parallel_keras.measuring.clock import Spread, StepClock, ratios
 from parallel_keras.measuring.random_batch import random_batch
-from parallel_keras.measuring.worker import Contender, forever, serve
+from parallel_keras.measuring.runner import Contender, forever, serve
 from tests import made_up
 
 
@@ -277,10 +277,10 @@ def test_numbers_of_devices_that_make_no_sense(values: list[str], match: str) ->
         bench._counts(values, gpus=0)
 
 
-def test_a_worker_that_ends_tells_why() -> None:
+def test_a_runner_that_ends_tells_why() -> None:
     with (
-        pytest.raises(rounds.WorkerFailed, match="No module named"),
-        rounds.workers("no_such_module", {"one": {}}),
+        pytest.raises(rounds.RunnerFailed, match="No module named"),
+        rounds.runners("no_such_module", {"one": {}}),
     ):
         pass
 

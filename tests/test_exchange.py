@@ -25,7 +25,7 @@ class Thread(Workers):
 
     def __init__(self, index: int, size: int, board: "Board") -> None:
         self.cluster = read(write(ADDRESSES[:size], index))
-        self.index, self.size, self.chief, self.feeds_own = index, size, index == 0, True
+        self.index, self.size, self.chief, self.feeds_own_rows = index, size, index == 0, True
         self.first, self.towers, self.here = index, size, 1
         self.timeout, self.device, self.traffic = WAIT, "/device:CPU:0", {}
         self._board = board

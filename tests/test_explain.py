@@ -59,7 +59,7 @@ def times(**changes: Any) -> Explanation:
     usual = Explanation(
         batch_size=64, loss_on="towers", why_merged="", may_divide=False,
         merge_device=CPUS[0], towers=towers, starting=0.0, sharding=0.5, weights_out=0.5,
-        together=46.0, merging=1.0, update=2.0, step=50.0, template=100.0, whole=90.0,
+        together=46.0, merging=1.0, update=2.0, step=50.0, template=100.0, whole_batch=90.0,
     )  # fmt: skip
     return dataclasses.replace(usual, **changes)
 

@@ -184,7 +184,7 @@ def test_a_save_that_fails_changes_nothing(form: str, tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     """By the next save of the same file; the folder of a process that still writes stays."""
     parallel = pk.DataParallelModel(mlp(), 2)
-    with atomic.written_whole(tmp_path / "model.keras") as path:
+    with atomic.atomic_path(tmp_path / "model.keras") as path:
         folder = Path(path).parent
         dead = folder.with_name(folder.name.replace(f".{folder.suffixes[-2][1:]}.", ".999999999."))
         alive = folder.with_name(folder.name.replace(f".{folder.suffixes[-2][1:]}.", ".1."))
@@ -232,7 +232,7 @@ def test_missing_folders_are_made(tmp_path: Path) -> None:
 
 
 def test_several_files_of_one_save_are_moved_together(tmp_path: Path) -> None:
-    with atomic.written_whole(tmp_path / "model.json") as path:
+    with atomic.atomic_path(tmp_path / "model.json") as path:
         Path(path).write_text("index")
         Path(path).with_name("model_0.h5").write_text("part")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model_0.h5"]

@@ -125,7 +125,7 @@ def test_own_address_cannot_be_used(host: str) -> None:
     with port_that(lambda _: None) as port:
         own = Task("localhost", 0, f"{host}:{port}")
         with pytest.raises(OSError, match=rf"cannot listen on {host}:{port}: .*ss -tlnp"):
-            listening.check_own(own)
+            listening.check_own_address(own)
 
 
 def test_who_does_not_answer_is_named_with_the_reason() -> None:

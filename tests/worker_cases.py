@@ -593,7 +593,7 @@ class Bare:
         return template
 
 
-class Worker:
+class OnWorker:
     """Wraps in a `DataParallelModel` of one worker.
 
     Args:
@@ -622,7 +622,7 @@ def worker(settings: dict[str, Any]) -> None:
     pk.virtual_devices(2)
     options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=settings["timeout"])
     strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
-    wrap = Worker(strategy, towers, folder)
+    wrap = OnWorker(strategy, towers, folder)
     found = {}
     for name in settings["cases"]:
         start = time.monotonic()

@@ -10,10 +10,10 @@ from typing import Any
 
 from absl import logging
 
-from parallel_keras.measuring.rounds import Worker, take_turns
+from parallel_keras.measuring.rounds import Runner, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WORKER = "benchmarks.frameworks.worker"
+RUNNER = "benchmarks.frameworks.runner"
 WORKLOADS = ("mlp", "cnn", "words", "xception")
 # Where the Python of a framework is, from the top of the repository; `make` sets them up.
 ENVIRONMENTS = {"jax": ".venv-jax/bin/python", "torch": ".venv-torch/bin/python"}
@@ -55,7 +55,7 @@ def measure(rounds: int = 3, seconds: float = 0.8) -> dict[str, Any]:
 def _measure(workload: str, rounds: int, seconds: float) -> dict[str, Any]:
     core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     with contextlib.ExitStack() as stack:
-        workers = {}
+        runners = {}
         for name, (framework, way, devices) in CONTENDERS.items():
             if framework not in pythons():
                 continue
@@ -67,7 +67,7 @@ def _measure(workload: str, rounds: int, seconds: float) -> dict[str, Any]:
                 "devices": devices,
                 "core": core if devices == 1 else None,
             }
-            worker = Worker(WORKER, spec, python=pythons()[framework])
-            workers[name] = stack.enter_context(worker)
-        measured = take_turns(workers, "train", rounds, seconds)
-        return {name: {"first": workers[name].start["first"], **measured[name]} for name in workers}
+            runner = Runner(RUNNER, spec, python=pythons()[framework])
+            runners[name] = stack.enter_context(runner)
+        measured = take_turns(runners, "train", rounds, seconds)
+        return {name: {"first": runners[name].start["first"], **measured[name]} for name in runners}

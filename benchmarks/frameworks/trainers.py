@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from benchmarks.frameworks.worker import Train
+from benchmarks.frameworks.runner import Train
 from benchmarks.workloads import WORKLOADS
 
 
@@ -64,7 +64,7 @@ def tensorflow(spec: dict[str, Any]) -> Train:
     import tensorflow as tf
 
     from benchmarks.peers import PEERS
-    from parallel_keras.measuring.worker import prepare
+    from parallel_keras.measuring.runner import prepare
 
     tf.get_logger().setLevel("ERROR")
     workload = WORKLOADS[spec["workload"]]

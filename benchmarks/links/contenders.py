@@ -18,7 +18,7 @@ import tensorflow as tf
 import parallel_keras as pk
 from benchmarks.links.models import MODELS
 from parallel_keras.measuring.clock import differences
-from parallel_keras.measuring.worker import Contender, prepare
+from parallel_keras.measuring.runner import Contender, prepare
 from parallel_keras.workers import cluster
 
 Commands = dict[str, Callable[[int], Any]]

@@ -41,16 +41,16 @@ def run(command: Sequence[str], extra: Sequence[Mapping[str, str]], grace: float
         the signal if a signal ended it, or this process.
     """
     with _collecting_signals() as received:
-        workers: list[_Worker] = []
+        children: list[_Child] = []
         try:
             for index, each in enumerate(extra):
-                workers.append(_Worker(index, command, {**os.environ, **each}))
-            return _until_end(workers, received)
+                children.append(_Child(index, command, {**os.environ, **each}))
+            return _until_end(children, received)
         finally:
-            _stop(workers, received, grace)
+            _stop(children, received, grace)
 
 
-class _Worker:
+class _Child:
     """One process.
 
     Args:
@@ -109,37 +109,37 @@ class _Worker:
             reader.join(timeout=1.0)
 
 
-def _until_end(workers: Sequence[_Worker], received: Sequence[int]) -> int:
+def _until_end(children: Sequence[_Child], received: Sequence[int]) -> int:
     """Waits for the first failure, for a signal, or for the end of all."""
     while True:
         if received:
             say(f"received {signal.Signals(received[0]).name}; stopping the workers")
             return SIGNALLED + received[0]
-        codes = [worker.code for worker in workers]
-        for worker, code in zip(workers, codes, strict=True):
+        codes = [child.code for child in children]
+        for child, code in zip(children, codes, strict=True):
             if code:
-                say(f"{worker.name} failed with {_describe(code)}; stopping the others")
+                say(f"{child.name} failed with {_describe(code)}; stopping the others")
                 return code if code > 0 else SIGNALLED - code
         if None not in codes:
             return 0
         time.sleep(_POLL)
 
 
-def _stop(workers: Sequence[_Worker], received: Sequence[int], grace: float) -> None:
+def _stop(children: Sequence[_Child], received: Sequence[int], grace: float) -> None:
     """Ends those that still run: by a signal first, then by force."""
     signals = len(received)
-    for worker in workers:
-        worker.signal(received[0] if received else signal.SIGTERM)
+    for child in children:
+        child.signal(received[0] if received else signal.SIGTERM)
     deadline = time.monotonic() + grace
-    while any(worker.code is None for worker in workers):
+    while any(child.code is None for child in children):
         if time.monotonic() > deadline or len(received) > signals:
             say("some workers are still there; killing them")
             break
         time.sleep(_POLL)
-    for worker in workers:
-        worker.signal(signal.SIGKILL)
-    for worker in workers:
-        worker.wait()
+    for child in children:
+        child.signal(signal.SIGKILL)
+    for child in children:
+        child.wait()
 
 
 def _describe(code: int) -> str:

@@ -37,7 +37,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each process has its turn
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "How long a turn is, about.", lower_bound=0.0)
 _JSON = _flags.define_json()
 
-WORKER: Final = "parallel_keras.measuring.subject"
+RUNNER: Final = "parallel_keras.measuring.subject"
 
 
 def main(model: str | None = None) -> None:
@@ -67,9 +67,9 @@ def _measure(specs: Mapping[str, Subject]) -> list[Line]:
 
     try:
         described = {name: dataclasses.asdict(spec) for name, spec in specs.items()}
-        with rounds.workers(WORKER, described) as contenders:
+        with rounds.runners(RUNNER, described) as contenders:
             return speeds.measure(contenders, specs, _ROUNDS.value, _SECONDS.value)
-    except rounds.WorkerFailed as error:
+    except rounds.RunnerFailed as error:
         raise CommandError(
             f"A process that trained the model ended: {error} If the model has layers of its own, "
             "name their module with --imports; if its loss does not take random targets shaped "
@@ -111,7 +111,7 @@ def _specs(model: str, counts: Sequence[int]) -> dict[str, Subject]:
     from parallel_keras.measuring.subject import Subject
 
     # Its turn must not be on the core where the system does most of its own work.
-    core = None if speeds.gpus() else max(speeds.own_cores())
+    core = None if speeds.gpus() else max(speeds.usable_cores())
     base = Subject(
         model=model,
         devices=1,

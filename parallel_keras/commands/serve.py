@@ -55,7 +55,7 @@ def main() -> None:
 
     from parallel_keras.workers import listening
 
-    own = _own()
+    own = _own_task()
     hosts = None if _CLIENT.value is None else _hosts(_CLIENT.value)
     listening.give_up_early()
     # The name keeps it alive for as long as it is to serve.
@@ -72,7 +72,7 @@ def main() -> None:
     os._exit(0)
 
 
-def _own() -> Task:
+def _own_task() -> Task:
     address = _ADDRESS.value
     if address is None or not is_address(address):
         raise CommandError(
@@ -90,7 +90,7 @@ def _own() -> Task:
                 "stands for all of them, so nobody can call it. Name the one that the others "
                 "use; --all_interfaces takes calls at all of them."
             )
-        listening.check_own(_anywhere(own) if _ALL_INTERFACES.value else own)
+        listening.check_own_address(_anywhere(own) if _ALL_INTERFACES.value else own)
     except OSError as error:
         raise CommandError(error.strerror or error) from error
     return own

@@ -46,7 +46,7 @@ class Line:
 def measure(
     contenders: Mapping[str, Any], specs: Mapping[str, subject.Subject], turns: int, seconds: float
 ) -> list[Line]:
-    """Has the workers take turns.
+    """Has the runners take turns.
 
     Args:
         contenders: Workers by name; the one named `BASE` is what the others are compared with.
@@ -60,8 +60,8 @@ def measure(
     train = rounds.take_turns(contenders, "train", turns, seconds)
     predict = rounds.take_turns(contenders, "predict", turns, seconds / 2)
     lines = []
-    for name, worker in contenders.items():
-        held = worker.ask("memory")
+    for name, runner in contenders.items():
+        held = runner.ask("memory")
         lines.append(
             Line(
                 devices=specs[name].devices,
@@ -70,7 +70,7 @@ def measure(
                 train_speed_up=ratios(train[BASE]["seconds"], train[name]["seconds"]),
                 predict=Spread.of(predict[name]["seconds"]),
                 predict_speed_up=ratios(predict[BASE]["seconds"], predict[name]["seconds"]),
-                first_step=worker.start["first"],
+                first_step=runner.start["first"],
                 memory=held["peak"] - held["baseline"],
             )
         )
@@ -155,7 +155,7 @@ def gpus() -> int:
     return len(tf.config.list_physical_devices("GPU"))
 
 
-def own_cores() -> list[int]:
+def usable_cores() -> list[int]:
     """The CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
@@ -164,7 +164,7 @@ def own_cores() -> list[int]:
 
 def cores() -> int:
     """How many of them."""
-    return len(own_cores())
+    return len(usable_cores())
 
 
 def kind() -> str:

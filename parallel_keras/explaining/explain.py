@@ -76,9 +76,9 @@ def _measure(
     pieces.template_step(data)
     watch.add("template", pieces.template_step, jit=parallel.template.jit_compile)
     for device, part in zip(parallel.devices, shards.parts, strict=False):
-        own = (part["call"]["args"][0], part["y"], part["weights"])
+        given = (part["call"]["args"][0], part["y"], part["weights"])
         for name, piece in pieces.alone(device).items():
-            watch.add(f"{device} {name}", piece, own)
+            watch.add(f"{device} {name}", piece, given)
     for name, piece in pieces.alone(parallel.devices[0]).items():
         watch.add(f"whole {name}", piece)
     times = watch.shortest(repeats)
@@ -91,7 +91,7 @@ def _measure(
         may_divide=not pieces.divided and decision.reduction is not None,
         merge_device=parallel.merge_device,
         towers=_towers(parallel.devices, list(map(int, shards.rows)), times),
-        whole=max(0.0, times["whole backward"] - times["whole weights out"]),
+        whole_batch=max(0.0, times["whole backward"] - times["whole weights out"]),
         template=times["template"],
         reading=reading,
         eager=bool(parallel.run_eagerly),
@@ -204,13 +204,13 @@ def _check(parallel: Any, repeats: int) -> None:
             f"Received: parallel.compiled={parallel.compiled}. "
             'Call parallel.compile(optimizer="adam", loss=...) first.'
         )
-    for holder, own in (
+    for holder, overridden in (
         (parallel.template, overrides(parallel.template, LEARNING)),
         (parallel, overrides(parallel, (*LEARNING, "call"), DataParallelModel)),
     ):
-        if own:
+        if overridden:
             raise ValueError(
                 "explain knows the pieces of Keras' own training step only. "
-                f"Received: {type(holder).__name__}, which overrides `{own[0]}`. "
+                f"Received: {type(holder).__name__}, which overrides `{overridden[0]}`. "
                 "Explain the same model without it, or use the TensorFlow profiler."
             )

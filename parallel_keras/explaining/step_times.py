@@ -53,7 +53,7 @@ class StepTimes:
         update: Float, the optimizer.
         step: Float, the whole step of the parallel model, as `fit` runs it.
         template: Float, the whole step of the bare template, on the first device.
-        whole: Float, forward and backward of the whole batch on the first device.
+        whole_batch: Float, forward and backward of the whole batch on the first device.
         reading: Float, reading one batch, or `None` if no dataset was given.
         eager: Bool, whether the model was compiled with `run_eagerly=True`.
         homes: Dict from each device that weights live on to their bytes.
@@ -76,7 +76,7 @@ class StepTimes:
     update: float
     step: float
     template: float
-    whole: float
+    whole_batch: float
     reading: float | None = None
     eager: bool = False
     homes: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -109,7 +109,7 @@ def _slowness(times: StepTimes) -> float:
 
 def _fixed_costs(times: StepTimes) -> dict[str, float]:
     """What takes as long however many rows there are, in milliseconds."""
-    stiffness = _usual(times) - times.whole / len(times.towers)
+    stiffness = _usual(times) - times.whole_batch / len(times.towers)
     return {
         "starting": times.starting,
         "in the towers": max(0.0, stiffness),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_whole(target: str | os.PathLike[str]) -> Iterator[str]:
+def atomic_path(target: str | os.PathLike[str]) -> Iterator[str]:
     """Gives a path to write to; what was written then takes the target's place.
 
     A write that fails, or a process that is killed in the middle of one, leaves
@@ -36,7 +36,7 @@ def written_whole(target: str | os.PathLike[str]) -> Iterator[str]:
     >>> import pathlib, tempfile
     >>> from parallel_keras.keras_api import atomic
     >>> target = pathlib.Path(tempfile.mkdtemp()) / "numbers.txt"
-    >>> with atomic.written_whole(target) as path:
+    >>> with atomic.atomic_path(target) as path:
     ...     _ = pathlib.Path(path).write_text("1 2 3")
     ...     target.exists()
     False

@@ -12,7 +12,7 @@ from absl import logging
 
 from parallel_keras import _compat
 from parallel_keras.devices import resolve
-from parallel_keras.keras_api.atomic import written_whole
+from parallel_keras.keras_api.atomic import atomic_path
 from parallel_keras.steps import checks
 from parallel_keras.steps.wrapper import Wrapper
 
@@ -155,7 +155,7 @@ def _may_write(filepath: Any, overwrite: bool) -> bool:
 
 def _place(filepath: Any) -> contextlib.AbstractContextManager[Any]:
     """Where to write: Keras itself sends what goes to an address such as `hf://`."""
-    return contextlib.nullcontext(filepath) if _is_remote(filepath) else written_whole(filepath)
+    return contextlib.nullcontext(filepath) if _is_remote(filepath) else atomic_path(filepath)
 
 
 def _is_remote(filepath: Any) -> bool:

@@ -44,7 +44,7 @@ class WorkerLoops(Wrapper):
             with servers.naming_faults():
                 return super().fit(*args, **kwargs)
         arguments = self._by_name(super().fit, args, kwargs)
-        if self._cluster.feeds_own:
+        if self._cluster.feeds_own_rows:
             feed = Feed(self._cluster)
             feed.training(arguments)
             feed.validation(arguments)
@@ -70,7 +70,7 @@ class WorkerLoops(Wrapper):
             with servers.naming_faults():
                 return super().evaluate(*args, **kwargs)
         arguments = self._by_name(super().evaluate, args, kwargs)
-        if self._cluster.feeds_own:
+        if self._cluster.feeds_own_rows:
             Feed(self._cluster).evaluation(arguments)
         return self._run(super().evaluate, arguments)
 
@@ -92,7 +92,7 @@ class WorkerLoops(Wrapper):
             with servers.naming_faults():
                 return super().predict(*args, **kwargs)
         arguments = self._by_name(super().predict, args, kwargs)
-        if self._cluster.feeds_own:
+        if self._cluster.feeds_own_rows:
             Feed(self._cluster).evaluation(arguments)
         return self._run(super().predict, arguments)
 
@@ -194,8 +194,8 @@ class WorkerLoops(Wrapper):
         """That of a loop, the template's own if it has one."""
         if self._template_loops:
             return inspect.signature(getattr(self.template, loop))
-        whole = inspect.signature(getattr(keras.Model, loop))
-        return whole.replace(parameters=list(whole.parameters.values())[1:])
+        signature = inspect.signature(getattr(keras.Model, loop))
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def _on_batch(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cluster = self._cluster

@@ -1,4 +1,4 @@
-"""Starts workers and lets them take turns, so that all meet the same moods of the machine."""
+"""Starts runners and lets them take turns, so that all meet the same moods of the machine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from parallel_keras.measuring.clock import steps_for
 
 
-class WorkerFailed(Exception):  # noqa: N818 (it is what happened, and `Error` would add nothing)
-    """A worker ended before it was told to; the text is the last line that it wrote."""
+class RunnerFailed(Exception):  # noqa: N818 (it is what happened, and `Error` would add nothing)
+    """A runner ended before it was told to; the text is the last line that it wrote."""
 
 
 class Asked(Protocol):
@@ -27,8 +27,8 @@ class Asked(Protocol):
         """Runs a command and returns its answer."""
 
 
-class Worker:
-    """A worker process.
+class Runner:
+    """A process that trains one model.
 
     Args:
         module: The module that the process runs.
@@ -49,11 +49,11 @@ class Worker:
         )
         self.start: dict[str, Any] = {}
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> Runner:
         """Waits until the first step is done."""
         try:
             self.start = self._answer()
-        except WorkerFailed:
+        except RunnerFailed:
             self.stop()
             raise
         return self
@@ -68,7 +68,7 @@ class Worker:
         self.stop()
 
     def ask(self, command: str, steps: int = 0) -> dict[str, Any]:
-        """Has the worker run a command, and waits for its answer.
+        """Has the runner run a command, and waits for its answer.
 
         Args:
             command: String, its name.
@@ -78,7 +78,7 @@ class Worker:
             The answer.
 
         Raises:
-            WorkerFailed: If the process ends instead.
+            RunnerFailed: If the process ends instead.
         """
         with contextlib.suppress(BrokenPipeError):
             print(command, steps, file=self._process.stdin, flush=True)
@@ -98,14 +98,14 @@ class Worker:
         self._process.wait()
         self._errors.seek(0)
         said = [text.strip() for text in self._errors if text.strip()]
-        raise WorkerFailed(said[-1] if said else f"exit status {self._process.returncode}")
+        raise RunnerFailed(said[-1] if said else f"exit status {self._process.returncode}")
 
 
 @contextlib.contextmanager
-def workers(module: str, specs: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Worker]]:
-    """Starts workers one after the other, so that none disturbs the first step of another."""
+def runners(module: str, specs: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Runner]]:
+    """Starts runners one after the other, so that none disturbs the first step of another."""
     with contextlib.ExitStack() as stack:
-        yield {name: stack.enter_context(Worker(module, spec)) for name, spec in specs.items()}
+        yield {name: stack.enter_context(Runner(module, spec)) for name, spec in specs.items()}
 
 
 def take_turns(
@@ -114,7 +114,7 @@ def take_turns(
     """Has each contender run some steps in each round.
 
     Args:
-        contenders: Workers by name.
+        contenders: Runners by name.
         command: String, `"train"` or `"predict"`.
         rounds: Int, how often.
         seconds: Float, about how long each one's turn is.

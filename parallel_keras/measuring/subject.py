@@ -1,6 +1,6 @@
 """From the name of an application or a saved file to a compiled model and a random batch.
 
-Run as a module with a JSON `Subject`, this is a worker of `python -m parallel_keras bench`.
+Run as a module with a JSON `Subject`, this is a runner of `python -m parallel_keras bench`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import keras
 import parallel_keras as pk
 from parallel_keras.measuring.models import load
 from parallel_keras.measuring.random_batch import random_batch
-from parallel_keras.measuring.worker import Contender, prepare, serve
+from parallel_keras.measuring.runner import Contender, prepare, serve
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What one worker of `bench` trains.
+    """What one runner of `bench` trains.
 
     Attributes:
         model: String, a name from `keras.applications` or the path to a saved model.
@@ -53,9 +53,9 @@ def compile_with(model: keras.Model, loss: str | None) -> None:
     """
     compiled = getattr(model, "compiled", False)
     optimizer = model.optimizer if compiled else keras.optimizers.Adam(1e-5)
-    own = model.loss if compiled else None
+    compiled_loss = model.loss if compiled else None
     # Keras hands a model on one GPU to XLA, but none on several: that would compare compilers.
-    model.compile(optimizer, loss or own or "mean_squared_error", jit_compile=False)
+    model.compile(optimizer, loss or compiled_loss or "mean_squared_error", jit_compile=False)
 
 
 def contender(subject: Subject, devices: Sequence[str]) -> Contender:

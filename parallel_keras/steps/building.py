@@ -59,15 +59,15 @@ def build_template(template: keras.Model, args: tuple[Any, ...], kwargs: dict[st
         args: Positional arguments of a call, or their specs.
         kwargs: Keyword arguments of a call.
     """
-    whole = template.call
+    original = template.call
 
     def call(*args: Any, **kwargs: Any) -> Any:
         """Keras makes a node of the result, which must not hold classes that it does not know."""
-        outputs = whole(*args, **kwargs)
+        outputs = original(*args, **kwargs)
         return list(floats(outputs)) if knows_more(outputs) else outputs
 
     # Weights go where they would go without the wrapper.
-    with tf.device(None), calling(template, functools.wraps(whole)(call)):
+    with tf.device(None), calling(template, functools.wraps(original)(call)):
         if any(map(is_ragged, keras.tree.flatten(args))):
             specs = keras.tree.map_structure(of_any_rows, args)
             unknown = TypeError(f"Keras has no symbols of ragged tensors. Received: {specs}.")

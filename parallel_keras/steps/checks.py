@@ -231,26 +231,28 @@ def check_compile(template: keras.Model, towers: int, *, jit: bool) -> None:
             )
 
 
-def check_overrides(own: list[str], templates: list[str], loss_on: str) -> None:
+def check_overrides(of_subclass: list[str], of_template: list[str], loss_on: str) -> None:
     """Refuses what steps of the template's own would silently ignore.
 
     Args:
-        own: Names of the methods that a subclass of `DataParallelModel` overrides.
-        templates: Names of those that the template overrides.
+        of_subclass: Names of the methods that a subclass of `DataParallelModel` overrides.
+        of_template: Names of those that the template overrides.
         loss_on: What the user asked for.
 
     Raises:
         ValueError: If both have steps, or the loss was to be computed on the towers.
     """
-    if templates and loss_on == "towers":
+    if of_template and loss_on == "towers":
         raise ValueError(
             'Expected `loss_on` to be "auto" or "merged": the template computes its loss itself, '
-            f'from merged outputs. Received: loss_on="towers", templates={templates}. Leave it out.'
+            f'from merged outputs. Received: loss_on="towers", templates={of_template}. '
+            "Leave it out."
         )
-    if own and templates:
+    if of_subclass and of_template:
         raise ValueError(
             "Expected steps of its own in the template or in the subclass of DataParallelModel, "
-            f"not in both. Received: own={own}, templates={templates}. Move all of them to one."
+            f"not in both. Received: own={of_subclass}, templates={of_template}. "
+            "Move all of them to one."
         )
 
 

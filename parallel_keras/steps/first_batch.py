@@ -65,5 +65,5 @@ def _symbol(leaf: Any) -> Any:
         return None
     if is_ragged(leaf):
         return of_any_rows(leaf)  # Keras has no symbol of it
-    whole = symbol(leaf)
-    return keras.KerasTensor((None, *whole.shape[1:]), whole.dtype, sparse=whole.sparse)
+    of_leaf = symbol(leaf)
+    return keras.KerasTensor((None, *of_leaf.shape[1:]), of_leaf.dtype, sparse=of_leaf.sparse)

@@ -43,19 +43,19 @@ class ParallelSteps(Wrapper):
         """
         with self._once_there(data):
             if self._follows_template():
-                return self._template_steps.run("train_step", self._whole(data))
+                return self._template_steps.run("train_step", self._whole_batch(data))
             return self._train(data)
 
     def _train(self, data: Any) -> dict[str, Any]:
         step, batch = self._step_on_towers(data, training=True)
         if step is None:
-            return self._train_on_merged(self._whole(data))
+            return self._train_on_merged(self._whole_batch(data))
         try:
             shards = step.shard(batch)
             results = step.run(shards)
         except NeedsWholeBatch as error:
             checks.check_may_merge(self.loss_on, error)
-            return self._train_on_merged(self._whole(data))
+            return self._train_on_merged(self._whole_batch(data))
         merged = step.merge(results)
         assign(merged.state)
         loss = self._update(merged)
@@ -71,16 +71,16 @@ class ParallelSteps(Wrapper):
             A dict of the values of the metrics.
         """
         if self._follows_template():
-            return self._template_steps.run("test_step", self._whole(data))
+            return self._template_steps.run("test_step", self._whole_batch(data))
         step, batch = self._step_on_towers(data, training=False)
         if step is None:
-            return self._test_on_merged(self._whole(data))
+            return self._test_on_merged(self._whole_batch(data))
         try:
             shards = step.shard(batch)
             results = step.run(shards)
         except NeedsWholeBatch as error:
             checks.check_may_merge(self.loss_on, error)
-            return self._test_on_merged(self._whole(data))
+            return self._test_on_merged(self._whole_batch(data))
         merged = step.merge(results)
         assign(merged.state)
         loss, _ = self._with_penalty(merged)
@@ -96,13 +96,15 @@ class ParallelSteps(Wrapper):
             The outputs, rows in order.
         """
         if overrides(self.template, ("predict_step",)):
-            outputs = self._template_steps.run("predict_step", self._whole(data))
+            outputs = self._template_steps.run("predict_step", self._whole_batch(data))
             return self._workers.own_rows(outputs, data)
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         if not self.template.built:
             self._build_template((x,), {})
         with self._calls.record(None):
-            return self._workers.own_rows(self(self._whole(x), **self._phase(training=False)), x)
+            return self._workers.own_rows(
+                self(self._whole_batch(x), **self._phase(training=False)), x
+            )
 
     def make_train_function(self, force: bool = False) -> Any:
         """Makes the function that `fit` calls for each step, as Keras does.
@@ -149,13 +151,13 @@ class ParallelSteps(Wrapper):
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         """What the steps update: the template's metrics, then those of a subclass of this model."""
-        own = super().metrics
+        of_wrapper = super().metrics
         if "template" not in vars(self):
-            return own
+            return of_wrapper
         metrics = list(self.template.metrics)
         if not self._follows_template():
             known = set(map(id, metrics))
-            metrics += [metric for metric in own if id(metric) not in known]
+            metrics += [metric for metric in of_wrapper if id(metric) not in known]
         return metrics
 
     def reset_metrics(self) -> None:
@@ -220,7 +222,7 @@ class ParallelSteps(Wrapper):
         count = not self._overrides("compute_metrics") and all(map(losses.is_additive, metrics))
         scale = self._loss_scale(training)
         step = LossStep(self._calls.towers(), self, reduction, count, training, scale)
-        return step, batch if count else self._whole(batch)
+        return step, batch if count else self._whole_batch(batch)
 
     def _train_on_merged(self, data: Any) -> dict[str, Any]:
         """A training step whose loss is computed from the merged outputs."""
@@ -262,7 +264,7 @@ class ParallelSteps(Wrapper):
         """What Keras' own steps call a model with: only those that take `training` get it."""
         return {"training": training} if takes_training(self.template) else {}
 
-    def _whole(self, data: Any) -> Any:
+    def _whole_batch(self, data: Any) -> Any:
         """The rows of all workers, where each feeds its own."""
         return self._workers.whole_batch(data)
 

@@ -44,7 +44,7 @@ def overrides(model: keras.Model, methods: tuple[str, ...], base: type = keras.M
     ]
 
 
-def own_loops(template: keras.Model) -> list[str]:
+def overridden_loops(template: keras.Model) -> list[str]:
     """The methods of Keras' loops that a template has made its own.
 
     Args:
@@ -58,7 +58,7 @@ def own_loops(template: keras.Model) -> list[str]:
     >>> class Scaled(keras.Model):
     ...     def predict(self, x, **kwargs):
     ...         return super().predict(x / 255, **kwargs)
-    >>> overriding.own_loops(Scaled())
+    >>> overriding.overridden_loops(Scaled())
     ['predict']
     """
     return overrides(template, LOOPS)

@@ -137,8 +137,8 @@ def at_home(variables: Sequence[keras.Variable], homes: Homes) -> Iterator[None]
                     tape.watch(value)
                     again = tf.convert_to_tensor(regularizer(value))
                 with tf.device(home or None):
-                    own, others = tape.gradient(again, [value, variables or []], up)
-                return own if variables is None else (own, others)
+                    of_value, of_others = tape.gradient(again, [value, variables or []], up)
+                return of_value if variables is None else (of_value, of_others)
 
             with tf.device(home or None):
                 return tf.convert_to_tensor(regularizer(value)), gradient

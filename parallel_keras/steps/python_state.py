@@ -169,11 +169,11 @@ def _without_names(definition: tf.compat.v1.GraphDef) -> bytes:
         new = [name for _, name in used if name not in order]
         order += new
         texts += [str(parts[name]) for name in new]
-    whole = _COUNTED.sub(rb"\1", "".join(texts).encode())
+    content = _COUNTED.sub(rb"\1", "".join(texts).encode())
     # A name may begin as another one does.
     for name in sorted(order, key=len, reverse=True):
-        whole = whole.replace(name.encode(), b"function %d" % order.index(name))
-    return whole
+        content = content.replace(name.encode(), b"function %d" % order.index(name))
+    return content
 
 
 def specs(call: Call) -> Any:

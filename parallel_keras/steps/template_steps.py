@@ -66,13 +66,13 @@ class TemplateSteps:
                 return getattr(self._template, step)(data)
 
     def _call(
-        self, model: keras.Model, whole: Callable[..., Any], *args: Any, **kwargs: Any
+        self, model: keras.Model, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """What a model's `call` is during a step; `whole` is what it was."""
+        """What a model's `call` is during a step; `original` is what it was."""
         on_a_tower = _compat.in_stateless_scope()
         # Keras adds the term of a model's own activity regulariser after its call, here as there.
         if on_a_tower or is_empty((args, kwargs)) or model.activity_regularizer is not None:
-            return whole(*args, **kwargs)
+            return original(*args, **kwargs)
         training = kwargs.pop("training", _compat.training_of_call(model))
         mask = kwargs.pop("mask", None)
         if id(model) not in self._calls:

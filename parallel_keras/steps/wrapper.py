@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from parallel_keras.steps.overriding import own_loops
+from parallel_keras.steps.overriding import overridden_loops
 
 if TYPE_CHECKING:
     from parallel_keras.homes.plan import Homes
@@ -52,4 +52,4 @@ class Wrapper(keras.Model):
     def _template_loops(self) -> bool:
         """Whether the template runs its loops by itself."""
         template = vars(self).get("template")
-        return template is not None and bool(own_loops(template))
+        return template is not None and bool(overridden_loops(template))

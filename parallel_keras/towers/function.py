@@ -257,5 +257,5 @@ class Functions:
 
 def _itself(variable: keras.Variable, value: Any) -> Any:
     """The `tf.Variable` behind a variable, unless something stands for it out here, too."""
-    own = variable.value
-    return value if is_handle(value) or not isinstance(own, tf.Variable) else own
+    behind = variable.value
+    return value if is_handle(value) or not isinstance(behind, tf.Variable) else behind

@@ -71,10 +71,10 @@ class Moving:
     def noting_calls(self) -> Iterator[None]:
         """Inside, it is noted what layers that may move something are called with."""
 
-        def noting(layer: keras.layers.Layer, whole: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(layer: keras.layers.Layer, original: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 self._calls.setdefault(id(layer), (_specs(args), _specs(kwargs)))
-                return whole(*args, **kwargs)
+                return original(*args, **kwargs)
 
             return call
 

@@ -91,7 +91,7 @@ class TowerScope(keras.StatelessScope):
         self._handles: dict[int, tuple[tf.Tensor, str]] = {}
         self._real: dict[int, tf.Variable] = {}
         self._stand_ins: set[int] = set()
-        own: list[tuple[keras.Variable, tf.Tensor]] = []
+        mapping: list[tuple[keras.Variable, tf.Tensor]] = []
         for variable, value in zip(variables, values, strict=True):
             if isinstance(value, tf.Variable):
                 self._real[id(variable)] = value
@@ -101,11 +101,11 @@ class TowerScope(keras.StatelessScope):
                 # Inside of a layer, mixed precision gives the variable another dtype.
                 self._handles[id(variable)] = value, variable.dtype
             else:
-                own.append((variable, started(value, variable, tower)))
-        self._given: dict[int, Any] = {id(variable): value for variable, value in own}
+                mapping.append((variable, started(value, variable, tower)))
+        self._given: dict[int, Any] = {id(variable): value for variable, value in mapping}
         self._eager = tf.executing_eagerly()
         self._graph = tf.compat.v1.get_default_graph()
-        super().__init__(own, collect_losses=True)
+        super().__init__(mapping, collect_losses=True)
 
     def add_update(self, update: tuple[keras.Variable, tf.Tensor]) -> None:
         """Notes an assignment; what is read afterwards is the new value.

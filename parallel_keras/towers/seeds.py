@@ -33,8 +33,8 @@ def tower_seed(seed: tf.Tensor, tower: tf.Tensor) -> tf.Tensor:
     Returns:
         A tensor like `seed`.
     """
-    own = tf.random.experimental.stateless_fold_in(tf.cast(seed, tf.int64), tower)
-    return tf.where(tf.equal(tower, 0), seed, tf.cast(own, seed.dtype))
+    derived = tf.random.experimental.stateless_fold_in(tf.cast(seed, tf.int64), tower)
+    return tf.where(tf.equal(tower, 0), seed, tf.cast(derived, seed.dtype))
 
 
 def started(value: tf.Tensor, variable: keras.Variable, tower: tf.Tensor | None) -> tf.Tensor:

@@ -78,11 +78,11 @@ class _Table:
     dtype: str
     device: str = ""
 
-    def look_up(self, whole: Callable[[Any], Any], scope: TowerScope, inputs: Any) -> Any:
+    def look_up(self, original: Callable[[Any], Any], scope: TowerScope, inputs: Any) -> Any:
         """What the layer's `call` returns; there, too, negative ids count from the end."""
         handle = scope.handle(self.variable)
         if not isinstance(inputs, tf.Tensor) or id(self.variable) in scope.updates:
-            return whole(inputs)
+            return original(inputs)
         ids = inputs if inputs.dtype in (tf.int32, tf.int64) else tf.cast(inputs, tf.int32)
         ids = tf.where(ids < 0, ids + self.variable.shape[0], ids)
         # Not on the device of the tower: ids go to the table, and rows come back.

@@ -38,12 +38,12 @@ def first_difference(
         returns for each row what it returns for it in the whole batch.
     """
     shards = shard(inputs, towers)
-    whole = _trail(template, inputs, training)
+    expected = _trail(template, inputs, training)
     parts = [_trail(template, part, training) for part in shards.parts]
     lengths = {len(trail) for trail in parts}
-    if lengths != {len(whole)}:
+    if lengths != {len(expected)}:
         return None
-    for (layer, outputs), *others in zip(whole, *parts, strict=True):
+    for (layer, outputs), *others in zip(expected, *parts, strict=True):
         columns = zip(outputs, *[theirs for _, theirs in others], strict=False)
         if any(_differs(value, column, shards, allowed) for value, *column in columns):
             return layer.name, kind_of(layer)

@@ -129,15 +129,15 @@ def agree_on_seed(workers: Workers, *, first: bool) -> None:
         workers: The `Workers`.
         first: Whether nothing was agreed on before.
     """
-    own_seed, _ = tf.compat.v1.get_seed(0)
+    global_seed, _ = tf.compat.v1.get_seed(0)
     # Keras and its data adapters draw from NumPy's old generator.
-    states = (own_seed, random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
+    states = (global_seed, random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
     digest = hashlib.sha256(repr(states).encode()).digest()[:4]
     told = tf.constant(int.from_bytes(digest, "big"), tf.int64)
     with workers.naming_faults():
         heard = [int(number) for (number,) in workers.gather([told], "start")]
         if first and len(set(heard)) == 1:
-            tf.random.set_seed(own_seed)
+            tf.random.set_seed(global_seed)
             return
         seed = tf.constant(random.randrange(2**31), tf.int64)  # noqa: S311 (order, no secrets)
         keras.utils.set_random_seed(int(workers.from_chief([seed])[0]))

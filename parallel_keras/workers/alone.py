@@ -18,7 +18,7 @@ class Alone:
         towers: Int, the number of towers.
     """
 
-    index, size, first, chief, feeds_own, timeout = 0, 1, 0, True, False, 300.0
+    index, size, first, chief, feeds_own_rows, timeout = 0, 1, 0, True, False, 300.0
 
     def __init__(self, towers: int) -> None:
         self.towers = towers

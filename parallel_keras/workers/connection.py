@@ -35,7 +35,7 @@ class Workers:
 
     Args:
         strategy: The strategy, whose cluster has at least two workers.
-        feeds_own: Bool, whether each worker feeds its own rows to `fit`, instead of all
+        feeds_own_rows: Bool, whether each worker feeds its own rows to `fit`, instead of all
             feeding the same whole batches.
 
     Attributes:
@@ -49,12 +49,12 @@ class Workers:
             one of them, those of which the size is known while tracing.
     """
 
-    def __init__(self, strategy: Any, *, feeds_own: bool) -> None:
+    def __init__(self, strategy: Any, *, feeds_own_rows: bool) -> None:
         resolver = strategy.cluster_resolver
         task = {"type": resolver.task_type, "index": resolver.task_id}
         jobs = resolver.cluster_spec().as_dict()
         self.cluster = cluster.read(json.dumps({"cluster": jobs, "task": task}))
-        self.feeds_own = feeds_own
+        self.feeds_own_rows = feeds_own_rows
         self.index, self.size = self.cluster.rank, len(self.cluster.tasks)
         self.chief = self.index == 0
         self.timeout = float(_compat.strategy_timeout(strategy) or TIMEOUT)
@@ -86,7 +86,7 @@ class Workers:
             The `Shards`. `parts` has one entry for each tower of this worker, `rows` one
             for each tower of all workers.
         """
-        if not (fed_here and self.feeds_own):
+        if not (fed_here and self.feeds_own_rows):
             here = range(self.first, self.first + self.here)
             shards = shard(batch, self.towers, whole, here)
             return MarkedShards.of(shards, mark(batch))
@@ -166,19 +166,19 @@ class Workers:
         Raises:
             ValueError: If there are ragged, sparse or string tensors.
         """
-        if not self.feeds_own:
+        if not self.feeds_own_rows:
             return data
         check_dense(data)
         leaves = [tf.convert_to_tensor(leaf) for leaf in tensors(data)]
         workers = self.gather(leaves, "batch")
-        wholes = [tf.concat(list(column), axis=0) for column in zip(*workers, strict=True)]
-        for whole, leaf in zip(wholes, leaves, strict=True):
-            whole.set_shape([None, *leaf.shape[1:]])
-        return replaced(data, wholes)
+        batch = [tf.concat(list(column), axis=0) for column in zip(*workers, strict=True)]
+        for joined, leaf in zip(batch, leaves, strict=True):
+            joined.set_shape([None, *leaf.shape[1:]])
+        return replaced(data, batch)
 
     def own_rows(self, outputs: Any, data: Any) -> Any:
         """Takes this worker's rows out of those of all; the inverse of `whole_batch`."""
-        if not self.feeds_own:
+        if not self.feeds_own_rows:
             return outputs
         count = tf.shape(tensors(data)[0])[0]
         counts = [rows for (rows,) in self.gather([count], "rows")]
@@ -282,15 +282,19 @@ class Workers:
         )
 
 
-def connect(strategy: Any, *, feeds_own: bool) -> Workers | None:
+def connect(strategy: Any, *, feeds_own_rows: bool) -> Workers | None:
     """The workers of a strategy.
 
     Args:
         strategy: The strategy, or `None`.
-        feeds_own: Bool, whether each worker feeds its own rows.
+        feeds_own_rows: Bool, whether each worker feeds its own rows.
 
     Returns:
         The `Workers`, or `None` if this is the only one.
     """
     jobs = {} if strategy is None else strategy.cluster_resolver.cluster_spec().as_dict()
-    return Workers(strategy, feeds_own=feeds_own) if sum(map(len, jobs.values())) > 1 else None
+    return (
+        Workers(strategy, feeds_own_rows=feeds_own_rows)
+        if sum(map(len, jobs.values())) > 1
+        else None
+    )

@@ -71,7 +71,7 @@ def exchange_messages(
         mark = shards.mark
     else:
         mark = None
-        if workers.feeds_own and shards.rows:
+        if workers.feeds_own_rows and shards.rows:
             here = shards.rows[workers.first : workers.first + workers.here]
             some = tf.add_n(here) > 0
             dense = {index: _only(value, some) for index, value in dense.items()}

@@ -61,7 +61,7 @@ def give_up_early() -> None:
     os.environ.setdefault(_OPTIONS, _RECONNECT)
 
 
-def check_own(own: Task) -> None:
+def check_own_address(own: Task) -> None:
     """Tries to listen on an address before TensorFlow does, which ends the process instead.
 
     Args:

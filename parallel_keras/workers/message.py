@@ -57,7 +57,7 @@ class AnyWorkers(Protocol):
         first: Int, the number of this worker's first tower among those of all.
         towers: Int, the number of towers of all workers.
         chief: Bool, whether this worker writes files.
-        feeds_own: Bool, whether each worker feeds its own rows.
+        feeds_own_rows: Bool, whether each worker feeds its own rows.
         timeout: Float, seconds after which a worker gives up waiting for another.
     """
 
@@ -66,7 +66,7 @@ class AnyWorkers(Protocol):
     first: int
     towers: int
     chief: bool
-    feeds_own: bool
+    feeds_own_rows: bool
     timeout: float
 
     def cut(self, batch: Any, whole: Collection[str], *, fed_here: bool) -> Shards:

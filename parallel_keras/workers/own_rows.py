@@ -129,9 +129,9 @@ def _blurred(dataset: tf.data.Dataset, specs: Any) -> tf.data.Dataset:
     """Hides batch sizes, so that full and empty batches are of one kind."""
 
     def blur(*batch: Any) -> Any:
-        whole = batch if isinstance(dataset.element_spec, tuple) else batch[0]
+        nest = batch if isinstance(dataset.element_spec, tuple) else batch[0]
         return tf.nest.map_structure(
-            lambda leaf, spec: tf.compat.v1.placeholder_with_default(leaf, spec.shape), whole, specs
+            lambda leaf, spec: tf.compat.v1.placeholder_with_default(leaf, spec.shape), nest, specs
         )
 
     return dataset.map(blur)

@@ -146,7 +146,7 @@ def connect(
             f"or connected). Received: addresses={list(addresses)}. Move the call to the top of "
             "the script, right after the imports (and after virtual_devices)."
         )
-    listening.check_own(own)
+    listening.check_own_address(own)
     server_checks.wait_for(tasks, timeout)
     for task in tasks:
         server_checks.check_server(task)

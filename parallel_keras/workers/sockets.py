@@ -138,7 +138,7 @@ def cut(hosts: Collection[Address], ports: Collection[int]) -> int:
 
 
 def listens_to(
-    port: int, own: Collection[Address] | None, hosts: Collection[Address] | None
+    port: int, local: Collection[Address] | None, hosts: Collection[Address] | None
 ) -> bool:
     """Has a port of this process take calls of some hosts only, and at some addresses only.
 
@@ -147,7 +147,7 @@ def listens_to(
 
     Args:
         port: Int, on which the process listens.
-        own: Addresses of this machine at which it takes calls, or `None` for all.
+        local: Addresses of this machine at which it takes calls, or `None` for all.
         hosts: Addresses from which it takes calls, or `None` for any.
 
     Returns:
@@ -155,7 +155,7 @@ def listens_to(
     """
     if not sys.platform.startswith("linux"):
         return False
-    program = _filter(own, hosts)
+    program = _filter(local, hosts)
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code)
     handle = struct.pack("@HP", len(program), ctypes.addressof(buffer))
@@ -170,13 +170,13 @@ def listens_to(
 
 
 def _filter(
-    own: Collection[Address] | None, hosts: Collection[Address] | None
+    local: Collection[Address] | None, hosts: Collection[Address] | None
 ) -> list[_Instruction]:
-    """Accepts packets to one of `own` from one of `hosts`. Jumps are relative, and forward."""
+    """Accepts packets to one of `local` from one of `hosts`. Jumps are relative, and forward."""
     program: list[_Instruction] = []
     for version, (sender, receiver) in _PLACES.items():
         part: list[_Instruction] = []
-        for addresses, place in ((own, receiver), (hosts, sender)):
+        for addresses, place in ((local, receiver), (hosts, sender)):
             if addresses is not None:
                 part += _unless_one_of([a for a in addresses if a.version == version], place)
         part.append(_ACCEPT)

@@ -25,8 +25,8 @@ from parallel_keras.measuring.clock import StepClock, differences
 
 Answer = dict[str, Any]
 _LEAST_MEMORY = 8192
-# So many workers of one workload take turns, and each keeps what it has.
-_WORKERS_AT_ONCE = 8
+# So many runners of one workload take turns, and each keeps what it has.
+_RUNNERS_AT_ONCE = 8
 
 
 def prepare(devices: int, core: int | None = None) -> list[str]:
@@ -48,7 +48,7 @@ def prepare(devices: int, core: int | None = None) -> list[str]:
         return pk.virtual_devices(devices, "GPU", memory_limit=_share_of_card(devices))
     if gpus:
         for gpu in gpus:
-            # Workers share the GPUs, and by default the first would take all of their memory.
+            # Runners share the GPUs, and by default the first would take all of their memory.
             tf.config.experimental.set_memory_growth(gpu, enable=True)
         return [f"/device:GPU:{index}" for index in range(devices)]
     if core is not None and hasattr(os, "sched_setaffinity"):
@@ -59,10 +59,10 @@ def prepare(devices: int, core: int | None = None) -> list[str]:
 
 
 def _share_of_card(devices: int) -> int:
-    """Megabytes for each of the devices that share a GPU with those of other workers."""
+    """Megabytes for each of the devices that share a GPU with those of other runners."""
     memories = [card.memory for card in driver_cards()]
     # The least that a GPU of today has, where the driver does not say.
-    return min(memories, default=_LEAST_MEMORY) // (_WORKERS_AT_ONCE * devices)
+    return min(memories, default=_LEAST_MEMORY) // (_RUNNERS_AT_ONCE * devices)
 
 
 def forever(data: Any) -> tf.data.Dataset:
@@ -183,6 +183,6 @@ def _write(answer: Answer, out: TextIO) -> None:
 def _private_output() -> TextIO:
     """The standard output, to which nobody else can write any more."""
     sys.stdout.flush()
-    own = os.dup(1)
+    output = os.dup(1)
     os.dup2(2, 1)
-    return os.fdopen(own, "w")
+    return os.fdopen(output, "w")

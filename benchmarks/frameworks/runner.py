@@ -1,7 +1,7 @@
 """The process that trains one workload in one framework. Needs Keras and that framework only.
 
 Started with a JSON spec. Reads `train 10` from its input, and writes one line of JSON for it, as
-`parallel_keras.measuring.worker` does, which needs TensorFlow.
+`parallel_keras.measuring.runner` does, which needs TensorFlow.
 """
 
 from __future__ import annotations
