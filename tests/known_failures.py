@@ -16,12 +16,8 @@ KNOWN = {
     "tests/test_traffic.py::test_conditions_fetch_no_weights[loss scale-merged]": (
         "the first graph of a process is not counted as those after it"
     ),
-    "tests/test_explain.py::test_slow_input[slow_dataset]": "compares times that load changes",
     "tests/test_explain.py::test_put_back_after_a_failure": (
         "a step that a test puts into an instance counts as one of its own"
-    ),
-    "tests/test_workers.py::test_workers_are_bit_equal[2 workers of 2 towers]": (
-        "equal to rounding, not bit for bit: sums over workers in another order"
     ),
     "tests/test_faults_state.py::test_state_outside_of_keras_is_refused[table-": (
         "a table is refused in other words than the test expects"

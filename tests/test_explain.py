@@ -232,7 +232,10 @@ def slow_dataset(clock: Clock) -> tf.data.Dataset:
         return x
 
     dataset = tf.data.Dataset.from_tensor_slices((rows(8, 6), rows(8, 3))).batch(4)
-    return dataset.map(
+    # Else it reads ahead, in a thread that may or may not get to it before the clock is read.
+    options = tf.data.Options()
+    options.experimental_optimization.inject_prefetch = False
+    return dataset.with_options(options).map(
         lambda x, y: (tf.ensure_shape(tf.py_function(wait, [x], x.dtype), (4, 6)), y)
     )
 

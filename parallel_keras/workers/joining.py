@@ -89,7 +89,10 @@ def exchange_messages(
         at = tower - workers.first
         here = 0 <= at < workers.here
         losses, terms, state, heard_mark = replaced(alike[at if here else 0], numbers)
-        by_rows, slices = varied[at] if here else replaced(varied[0], rest)
+        # Sparse gradients are those heard, here too: of its own, TensorFlow would put the sums
+        # within a tower and over towers together, and round otherwise than other workers do.
+        by_rows, slices = replaced(varied[at if here else 0], rest)
+        by_rows = varied[at][0] if here else by_rows
         gradients: list[Any] = [None] * len(columns)
         for position, index in enumerate(sparse):
             gradients[index] = slices[position]
