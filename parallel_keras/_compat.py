@@ -1,7 +1,8 @@
 """The only file that touches anything private of Keras or TensorFlow.
 
 Every function says why there is no public way and what would let it go; each
-has a test in tests/test_compat.py that fails when the private thing changes.
+has a test in tests/test_compat.py that fails when the private thing changes. One file, in
+parts by what is reached into, so that all that may break with a new version is in one place.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ from tensorflow.python.eager.polymorphic_function import autograph_util as _auto
 from tensorflow.python.framework import auto_control_deps_utils as _control_deps
 from tensorflow.python.framework import none_tensor as _none_tensor
 from tensorflow.python.ops import gradients_util as _gradients_util
+
+# --- Masks and logits, which hang on tensors ---
 
 
 def get_mask(tensor: Any) -> Any:
@@ -53,6 +56,9 @@ def set_logits(tensor: Any, logits: Any) -> None:
         tensor._keras_logits = logits
 
 
+# --- What is going on now: scopes, tapes, calls ---
+
+
 def in_stateless_scope() -> bool:
     """Whether variables have stand-in values now (`keras.StatelessScope`).
 
@@ -82,6 +88,14 @@ def gradient_order(tensors: list[Any]) -> int:
     return int(_gradients_util.PossibleTapeGradientTypes(tensors)) if tensors else 0
 
 
+def training_of_call(layer: keras.layers.Layer) -> Any:
+    """The `training` of the call that is going on, also for layers that do not take it.
+
+    Keras hands it down through a context without a public reader. Goes when it gets one.
+    """
+    return getattr(layer._get_call_context(), "training", None)
+
+
 def allow_any_arguments(model: keras.Model) -> None:
     """Lets a model take what is no tensor by position, too.
 
@@ -92,43 +106,57 @@ def allow_any_arguments(model: keras.Model) -> None:
     model._allow_non_tensor_positional_args = True
 
 
-def is_none_spec(spec: Any) -> bool:
-    """Whether a spec of a data set stands for `None`.
+# --- Layers of a model, and what they add to the loss ---
 
-    TensorFlow 2.16 keeps its type to itself. Goes when all that `setup.cfg` allows have
-    `tf.NoneTensorSpec`.
+
+def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The model and every layer in it, each once.
+
+    `model.layers` is public but one level deep, and layers that are no models
+    have no public list of their children. Goes when they get one.
     """
-    return isinstance(spec, _none_tensor.NoneTensorSpec)
+    return model._flatten_layers()
 
 
-def training_of_call(layer: keras.layers.Layer) -> Any:
-    """The `training` of the call that is going on, also for layers that do not take it.
+def layer_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+    """The metrics that layers update when they are called.
 
-    Keras hands it down through a context without a public reader. Goes when it gets one.
+    `layer.metrics` is public, but that of a compiled model lists its loss and compiled
+    metrics too, which no layer updates. Goes when Keras tells the two apart.
     """
-    return getattr(layer._get_call_context(), "training", None)
+    return [metric for layer in all_layers(model) for metric in layer._metrics]
 
 
-def strategy_timeout(strategy: Any) -> float | None:
-    """The `timeout_seconds` of the `CommunicationOptions` that a strategy was made with.
+def loss_owners(model: keras.Model) -> dict[int, int]:
+    """Which layer a term of `add_loss` came from, while a stateless scope collects them.
 
-    A strategy takes them and has no public way to read them. Goes when it gets one.
+    `layer.losses` is public, but gives a layer's terms together with those of its sublayers.
+    Goes when Keras tells them apart.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of the layer in `all_layers(model)` by the `id` of the term.
     """
-    return getattr(strategy.extended._communication_options, "timeout_seconds", None)
+    layers = enumerate(all_layers(model))
+    return {term: number for number, layer in layers for term in layer._loss_ids}
 
 
-def get_initial_epoch(model: keras.Model) -> int | None:
-    """The epoch that `fit` goes on from, as `BackupAndRestore` has set it.
+def forget_loss_owners(model: keras.Model) -> None:
+    """Forgets which terms of `add_loss` came from where; see `loss_owners`.
 
-    Keras hands it from the callback to `fit` in this attribute. Goes when there is a
-    public one.
+    Keras does so only where no call of another layer is going on. What is left are numbers
+    of terms that are gone, which new terms may get. Goes with `loss_owners`.
+
+    Args:
+        model: The model.
     """
-    return model._initial_epoch
+    for layer in all_layers(model):
+        layer._loss_ids.clear()
 
 
-def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
-    """Sets the epoch that `fit` goes on from; see `get_initial_epoch`."""
-    model._initial_epoch = epoch
+# --- What was given to `compile`, and what became of it ---
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
@@ -194,6 +222,15 @@ def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return [] if model._compile_metrics is None else list(model._compile_metrics.metrics)
 
 
+def losses_and_metrics_are_built(model: keras.Model) -> bool:
+    """Whether compiled losses and metrics have their variables.
+
+    Both say so themselves, but only the model knows them. Goes with `build_losses_and_metrics`.
+    """
+    parts = (model._compile_loss, model._compile_metrics)
+    return all(part is None or part.built for part in parts)
+
+
 def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> None:
     """Makes the variables of compiled losses and metrics, as Keras' JAX trainer does.
 
@@ -257,60 +294,7 @@ def trace_as_step(
     )
 
 
-def losses_and_metrics_are_built(model: keras.Model) -> bool:
-    """Whether compiled losses and metrics have their variables.
-
-    Both say so themselves, but only the model knows them. Goes with `build_losses_and_metrics`.
-    """
-    parts = (model._compile_loss, model._compile_metrics)
-    return all(part is None or part.built for part in parts)
-
-
-def layer_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
-    """The metrics that layers update when they are called.
-
-    `layer.metrics` is public, but that of a compiled model lists its loss and compiled
-    metrics too, which no layer updates. Goes when Keras tells the two apart.
-    """
-    return [metric for layer in all_layers(model) for metric in layer._metrics]
-
-
-def loss_owners(model: keras.Model) -> dict[int, int]:
-    """Which layer a term of `add_loss` came from, while a stateless scope collects them.
-
-    `layer.losses` is public, but gives a layer's terms together with those of its sublayers.
-    Goes when Keras tells them apart.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The number of the layer in `all_layers(model)` by the `id` of the term.
-    """
-    layers = enumerate(all_layers(model))
-    return {term: number for number, layer in layers for term in layer._loss_ids}
-
-
-def forget_loss_owners(model: keras.Model) -> None:
-    """Forgets which terms of `add_loss` came from where; see `loss_owners`.
-
-    Keras does so only where no call of another layer is going on. What is left are numbers
-    of terms that are gone, which new terms may get. Goes with `loss_owners`.
-
-    Args:
-        model: The model.
-    """
-    for layer in all_layers(model):
-        layer._loss_ids.clear()
-
-
-def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """The model and every layer in it, each once.
-
-    `model.layers` is public but one level deep, and layers that are no models
-    have no public list of their children. Goes when they get one.
-    """
-    return model._flatten_layers()
+# --- Variables and optimizers ---
 
 
 def move_variable(variable: keras.Variable, device: str) -> None:
@@ -405,6 +389,32 @@ def read_once(variables: Sequence[keras.Variable]) -> Iterator[None]:
                 vars(variable).pop(name, None)
 
 
+# --- Data, epochs, files and workers ---
+
+
+def is_none_spec(spec: Any) -> bool:
+    """Whether a spec of a data set stands for `None`.
+
+    TensorFlow 2.16 keeps its type to itself. Goes when all that `setup.cfg` allows have
+    `tf.NoneTensorSpec`.
+    """
+    return isinstance(spec, _none_tensor.NoneTensorSpec)
+
+
+def get_initial_epoch(model: keras.Model) -> int | None:
+    """The epoch that `fit` goes on from, as `BackupAndRestore` has set it.
+
+    Keras hands it from the callback to `fit` in this attribute. Goes when there is a
+    public one.
+    """
+    return model._initial_epoch
+
+
+def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Sets the epoch that `fit` goes on from; see `get_initial_epoch`."""
+    model._initial_epoch = epoch
+
+
 def may_overwrite(filepath: Any) -> bool:
     """Asks the user whether a file may be overwritten, in the words of Keras.
 
@@ -412,6 +422,17 @@ def may_overwrite(filepath: Any) -> bool:
     beside it. Goes when Keras itself writes files whole.
     """
     return _io_utils.ask_to_proceed_with_overwrite(str(filepath))
+
+
+def strategy_timeout(strategy: Any) -> float | None:
+    """The `timeout_seconds` of the `CommunicationOptions` that a strategy was made with.
+
+    A strategy takes them and has no public way to read them. Goes when it gets one.
+    """
+    return getattr(strategy.extended._communication_options, "timeout_seconds", None)
+
+
+# --- Graphs and the functions in them ---
 
 
 def captured(placeholder: tf.Tensor) -> tf.Tensor | None:
@@ -458,28 +479,6 @@ def mark_lookups() -> None:
     """
     for operation in ("LookupTableFindV2", "LookupTableSizeV2", "LookupTableExportV2"):
         _control_deps.register_read_only_resource_op(operation)
-
-
-@contextlib.contextmanager
-def eager_seed(seed: int) -> Iterator[None]:
-    """Inside, operations that are not traced draw with another global seed.
-
-    `tf.random.set_seed` also starts all streams anew. Goes when there is a public way to give
-    operations without a graph a seed for a while.
-
-    Args:
-        seed: Int.
-    """
-    context = _context.context()
-    before = context._seed
-    # What has no seed at all must go on to be different each time.
-    if before is None:
-        context._rng = random.Random()  # noqa: S311 (nothing is kept secret by it)
-    context._seed = seed
-    try:
-        yield
-    finally:
-        context._seed = before
 
 
 class _Inlining:
@@ -534,6 +533,31 @@ def inlined_functions() -> Iterator[None]:
         _Inlining.add(-1)
 
 
+# --- Random numbers ---
+
+
 def global_seed() -> int | None:
     """What was given to `tf.random.set_seed`, `None` before that; it cannot be asked for."""
     return _context.global_seed()
+
+
+@contextlib.contextmanager
+def eager_seed(seed: int) -> Iterator[None]:
+    """Inside, operations that are not traced draw with another global seed.
+
+    `tf.random.set_seed` also starts all streams anew. Goes when there is a public way to give
+    operations without a graph a seed for a while.
+
+    Args:
+        seed: Int.
+    """
+    context = _context.context()
+    before = context._seed
+    # What has no seed at all must go on to be different each time.
+    if before is None:
+        context._rng = random.Random()  # noqa: S311 (nothing is kept secret by it)
+    context._seed = seed
+    try:
+        yield
+    finally:
+        context._seed = before

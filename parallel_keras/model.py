@@ -26,8 +26,10 @@ from parallel_keras.steps.first_batch import first_batch
 from parallel_keras.steps.keras_steps import ParallelSteps
 from parallel_keras.steps.overriding import LEARNING, overrides
 from parallel_keras.steps.template_steps import TemplateSteps
-from parallel_keras.towers.results import Call, Merged, as_call
-from parallel_keras.towers.run import Towers, current
+from parallel_keras.towers.call import Call, as_call
+from parallel_keras.towers.current import current
+from parallel_keras.towers.results import Merged
+from parallel_keras.towers.run import Towers
 from parallel_keras.workers import servers
 from parallel_keras.workers.agreement import agree_on_state, check_same, facts_of
 from parallel_keras.workers.alone import Alone

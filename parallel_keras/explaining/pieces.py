@@ -15,7 +15,8 @@ from parallel_keras.shard import Shards
 from parallel_keras.steps.keras_steps import ParallelSteps
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch
 from parallel_keras.towers import losses
-from parallel_keras.towers.results import Pass, as_call
+from parallel_keras.towers.call import as_call
+from parallel_keras.towers.results import Pass
 from parallel_keras.towers.run import Towers
 from parallel_keras.workers.alone import Alone
 

@@ -10,7 +10,8 @@ import tensorflow as tf
 from parallel_keras import _compat, merge, slices
 from parallel_keras.nests import flatten, floats, is_float, replaced
 from parallel_keras.shard import Shards
-from parallel_keras.towers.results import Call, Merged, Pass, assign
+from parallel_keras.towers.call import Call
+from parallel_keras.towers.results import Merged, Pass, assign
 
 if TYPE_CHECKING:
     from parallel_keras.towers.run import Towers

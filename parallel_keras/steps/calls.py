@@ -15,7 +15,8 @@ from parallel_keras.nests import floats
 from parallel_keras.steps.any_call import DifferentiablePass, without_gradient
 from parallel_keras.steps.direct_calls import DirectCalls
 from parallel_keras.steps.loss_on_merged import Recording
-from parallel_keras.towers.results import Call, Merged
+from parallel_keras.towers.call import Call
+from parallel_keras.towers.results import Merged
 from parallel_keras.towers.weights import read
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from absl import logging
 from parallel_keras.steps import python_state
 
 if TYPE_CHECKING:
-    from parallel_keras.towers.results import Call, Merged
+    from parallel_keras.towers.call import Call
+    from parallel_keras.towers.results import Merged
     from parallel_keras.towers.run import Towers
 
 

@@ -18,13 +18,15 @@ from parallel_keras.steps.building import (
     build_for_step,
     build_losses_and_metrics,
 )
-from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch, StepResult
+from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch
 from parallel_keras.steps.overriding import LEARNING, overrides
 from parallel_keras.steps.penalties import Penalty, penalties, total
+from parallel_keras.steps.step_results import StepResult
 from parallel_keras.steps.wrapper import Wrapper
 from parallel_keras.towers import losses
+from parallel_keras.towers.call import takes_training
 from parallel_keras.towers.collectives import one_replica
-from parallel_keras.towers.results import assign, takes_training
+from parallel_keras.towers.results import assign
 
 Data = tuple[Any, Any, Any]
 

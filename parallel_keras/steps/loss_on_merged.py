@@ -13,7 +13,8 @@ from parallel_keras import merge
 from parallel_keras.graphs.graph import is_handle
 from parallel_keras.shard import Shards
 from parallel_keras.steps.penalties import Halved
-from parallel_keras.towers.results import Call, Merged, Pass, assign
+from parallel_keras.towers.call import Call
+from parallel_keras.towers.results import Merged, Pass, assign
 
 if TYPE_CHECKING:
     from parallel_keras.towers.run import Towers

@@ -16,7 +16,7 @@ from parallel_keras import _compat
 from parallel_keras.nests import of_any_rows
 
 if TYPE_CHECKING:
-    from parallel_keras.towers.results import Call
+    from parallel_keras.towers.call import Call
 
 # Arrays that are larger are not compared.
 _LARGEST_ARRAY = 2**16

@@ -14,7 +14,8 @@ from parallel_keras.graphs.graph import calling
 from parallel_keras.homes.plan import Homes
 from parallel_keras.shard import is_empty
 from parallel_keras.steps.penalties import at_home
-from parallel_keras.towers.results import Call, Merged, as_call
+from parallel_keras.towers.call import Call, as_call
+from parallel_keras.towers.results import Merged
 
 if TYPE_CHECKING:
     from parallel_keras.steps.calls import Calls

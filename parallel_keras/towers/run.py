@@ -1,10 +1,9 @@
-"""The towers of a model: a batch is cut, a function traced once runs on each device."""
+"""The towers of a model: a batch is cut, a function traced once runs on each device, and merged."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,25 +14,23 @@ from parallel_keras.devices import check_one_job
 from parallel_keras.graphs.graph import hide_sizes, hide_value, naming_tower
 from parallel_keras.graphs.outputs import Given
 from parallel_keras.homes.links import are_far
-from parallel_keras.homes.messages import Copies, carried, sums
+from parallel_keras.homes.messages import Copies, sums
 from parallel_keras.homes.plan import Homes
 from parallel_keras.shard import Shards
 from parallel_keras.slices import is_sparse
 from parallel_keras.towers.collectives import Peers, make_tokens, meet, token
 from parallel_keras.towers.function import Body, Functions
+from parallel_keras.towers.gathering import brought, merge_state
 from parallel_keras.towers.inquiry import Inquiry, Watch
 from parallel_keras.towers.needs import TraceAgain
 from parallel_keras.towers.results import Pass, State, Taped
-from parallel_keras.towers.state import StateRules, fingerprint
+from parallel_keras.towers.state import StateRules
 from parallel_keras.towers.tower import Tower
-from parallel_keras.towers.weights import read, value_of
+from parallel_keras.towers.weights import read
 from parallel_keras.workers.message import AnyWorkers, Columns
 
 # Towers that do not talk to each other need a token of any device.
 _ANYWHERE = ("/device:CPU:0",)
-# What towers return and is merged on the merge device, whatever else they return.
-_CONSTANT = "constant"
-_SMALL = ("loss", "trackers", "counts", "state", _CONSTANT)
 
 
 class Towers:
@@ -72,11 +69,10 @@ class Towers:
         self.rules = rules
         self.workers = workers
         self.homes = homes
-        self.fingerprint = fingerprint(template)
         self.tower = Tower(template)
         loops, moving = self.tower.in_loops, self.tower.moving
-        self._state_rules = StateRules(template, loops, moving, rules)
-        synchronized = self._state_rules.synchronized
+        self.state_rules = StateRules(template, loops, moving, rules)
+        synchronized = self.state_rules.synchronized
         if synchronized:
             check_one_job(devices)
         # Keras chooses XLA by itself on GPUs; towers that talk to each other cannot have it.
@@ -120,7 +116,7 @@ class Towers:
     @property
     def talk(self) -> bool:
         """Whether towers talk to each other, and so must run at the same time."""
-        return self._state_rules.synchronized and not self.alone
+        return self.state_rules.synchronized and not self.alone
 
     def shard(self, batch: Any, *, fed_here: bool = False) -> Shards:
         """Cuts a batch, on the merge device.
@@ -256,13 +252,13 @@ class Towers:
         results = []
         for index, (device, part) in enumerate(zip(self.devices, shards.parts, strict=False)):
             number = self.workers.first + index
-            noting = self._state_rules.noting_scalars() if self._eager else contextlib.nullcontext()
+            noting = self.state_rules.noting_scalars() if self._eager else contextlib.nullcontext()
             with tf.device(device), naming_tower(number, device), noting:
                 told = hide_value(tf.constant(number)) if len(shards.rows) > 1 else None
                 function = self._functions.of(body, number, inline=inline)
                 given = self._functions.given(device, copies.at(device), told)
                 result = call(function, device, given, told, peers[index], self._blur(part))
-                results.append(self._brought(result, device, first=index == 0))
+                results.append(brought(result, device, self.merge_device, first=index == 0))
         return results
 
     def summed(self, columns: Columns, variables: Sequence[keras.Variable]) -> Columns:
@@ -287,43 +283,12 @@ class Towers:
 
     def merge_state(self, results: list[Any], weights: list[tf.Tensor], shards: Shards) -> State:
         """The merged new value of every variable that the towers assigned."""
-        constant, states = results[0].constant, [result.state for result in results]
-        if not states[0] and not constant:
-            return []
-        variables, given = self.tower.variables, dict(enumerate(weights))
-        homes = {index: self.homes.of(variables[index]) for index in (*states[0], *constant)}
-        before = {
-            index: value_of(given.get(index), variables[index], homes[index]) for index in states[0]
-        }
-        before = self._by_home(before, homes, to_home=False)
-        with tf.device(self.merge_device):
-            shares = shards.shares() if len(results) > 1 else []
-            merged = self._state_rules.merge(variables, before, states, constant, shares)
-        merged = self._by_home(merged, homes, to_home=True)
-        return [(variables[index], value) for index, value in sorted(merged.items())]
-
-    def _brought(self, result: Any, device: str, *, first: bool) -> Any:
-        """What a tower returned, with all that is small and merged on the merge device there."""
-        # What is constant is taken from the first tower.
-        names = [name for name in _SMALL if hasattr(result, name) and (first or name != _CONSTANT)]
-        small = {name: getattr(result, name) for name in names}
-        return result.changed(**carried(small, device, self.merge_device))
-
-    def _by_home(
-        self, values: dict[int, tf.Tensor], homes: dict[int, str], *, to_home: bool
-    ) -> dict[int, tf.Tensor]:
-        """Values of variables, brought from their homes to the merge device or back."""
-        found: dict[int, tf.Tensor] = {}
-        for home in dict.fromkeys(homes.values()):
-            there = {index: value for index, value in values.items() if homes[index] == home}
-            way = (self.merge_device, home) if to_home else (home, self.merge_device)
-            found.update(carried(there, *way))
-        return found
+        return merge_state(self, results, weights, shards)
 
     def _peers(self, shards: Shards) -> list[Peers | tf.Tensor | None]:
         """What joins the towers of one pass, or keeps them apart."""
         devices = self.devices[: len(shards.parts)]
-        workers, synchronized = self.workers, self._state_rules.synchronized
+        workers, synchronized = self.workers, self.state_rules.synchronized
         single = len(devices) == 1 and not (synchronized and workers.size > 1)
         if single or self._eager or self._functions.jit:
             return [None] * len(devices)
@@ -340,40 +305,10 @@ class Towers:
         `StateRules`. And towers that talk to each other must take the same steps: if
         some know their size, they compute the gradient of other things.
         """
-        rules = self._state_rules
+        rules = self.state_rules
         hidden = (rules.counts_rows or rules.synchronized) and not self._eager
         return hide_sizes(part) if hidden else part
 
 
 def _is_sparse(column: Sequence[Any]) -> bool:
     return any(map(is_sparse, column))
-
-
-def current(make: Callable[[], Towers]) -> Callable[[], Towers]:
-    """The towers of a template as it is now, whenever asked.
-
-    Weights come and go (LoRA, quantisation) and layers are frozen, without any call that
-    would tell who traced the template. And each graph is traced anew by what Python says
-    when it is made, as on one device, where nothing that was traced before is in it.
-
-    Args:
-        make: Makes the towers.
-
-    Returns:
-        A function that gives the last ones made, or new ones where the template changed or
-        another graph is being made.
-    """
-    made: dict[bool, tuple[Towers, Any]] = {}
-
-    def now() -> Towers:
-        eager = tf.executing_eagerly()
-        graph = None if eager else tf.compat.v1.get_default_graph()
-        towers, where = made.get(eager, (None, None))
-        here = eager or (where is not None and where() is graph)
-        if towers is None or not here or towers.fingerprint != fingerprint(towers.template):
-            towers = make()
-            # Held by the graph itself, it would keep that from ever being freed.
-            made[eager] = towers, None if graph is None else weakref.ref(graph)
-        return towers
-
-    return now

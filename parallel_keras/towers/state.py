@@ -15,22 +15,6 @@ from parallel_keras.towers.results import Updates
 from parallel_keras.towers.seeds import is_seed
 
 
-def fingerprint(template: keras.Model) -> tuple[Any, ...]:
-    """What a trace of a model depends on besides its arguments.
-
-    Variables come and go (LoRA, quantisation) and layers are frozen, without any call
-    that would tell who traced it.
-
-    Args:
-        template: The model.
-
-    Returns:
-        A tuple that differs where the model does.
-    """
-    layers = _compat.all_layers(template)
-    return (*map(id, template.variables), *(layer.trainable for layer in layers))
-
-
 class StateRules:
     """How the updates that the towers made to variables become one.
 

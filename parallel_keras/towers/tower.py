@@ -13,10 +13,11 @@ from absl import logging
 from parallel_keras import _compat
 from parallel_keras.graphs.graph import depends_on
 from parallel_keras.towers import left_behind
+from parallel_keras.towers.call import Call, by_name, given
 from parallel_keras.towers.collectives import Peers, talking_to
 from parallel_keras.towers.losses import activity_penalty
 from parallel_keras.towers.moving import Moving
-from parallel_keras.towers.results import Call, CallResult, Updates, by_name, given
+from parallel_keras.towers.results import CallResult, Updates
 from parallel_keras.towers.scope import Assigned, Lent, TowerScope
 from parallel_keras.towers.weights import Tables
 
