@@ -13,9 +13,6 @@ KNOWN = {
     "tests/test_faults_own_loops.py::test_tasks_as_those_of_keras_hub[CausalLM-": (
         "`generate` of a stand-in: `numpy.export` in a tower"
     ),
-    "tests/test_traffic.py::test_conditions_fetch_no_weights[loss scale-merged]": (
-        "the first graph of a process is not counted as those after it"
-    ),
     "tests/test_explain.py::test_put_back_after_a_failure": (
         "a step that a test puts into an instance counts as one of its own"
     ),
