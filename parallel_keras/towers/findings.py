@@ -216,16 +216,9 @@ def _resources(trace: Trace) -> None:
         name = name_of(trace.tower.template, outer)
         if id(outer) in known:
             name = f"variable {known[id(outer)].path!r}"
-        if set(users) & set(_CHANGES_TABLE):
-            refuse(
-                trace.tower.template, f"The model changes a table: {name}", "outside of its call"
-            )
-        elif any(user.startswith(_ASSIGNS) and user not in _READS for user in users):
-            refuse(
-                trace.tower.template,
-                f"The model assigns to {name}, {_UNSEEN}",
-                _REMEDY,
-            )
+        is_table = bool(set(users) & set(_CHANGES_TABLE))
+        if is_table or any(user.startswith(_ASSIGNS) and user not in _READS for user in users):
+            _refuse_change(trace.tower.template, name, is_table=is_table)
         elif trace.talks:
             refuse(
                 trace.tower.template,
@@ -264,14 +257,20 @@ def look_at_untraced(template: keras.Model) -> Iterator[None]:
     outside = Outside(template)
     before = outside.values()
     yield
-    for (name, old), (_, new) in zip(before, outside.values(), strict=True):
+    for (name, is_table, old), (*_, new) in zip(before, outside.values(), strict=True):
         same = len(old) == len(new) and all(map(np.array_equal, old, new))
         if not same:
-            refuse(template, f"The model assigns to {name}, {_UNSEEN}", _REMEDY)
+            _refuse_change(template, name, is_table=is_table)
 
 
-_UNSEEN = "in a way that Keras does not see"
-_REMEDY = "with a variable of Keras (self.add_weight(...), keras.random.SeedGenerator())"
+def _refuse_change(template: keras.Model, name: str, *, is_table: bool) -> None:
+    if is_table:
+        refuse(template, f"The model changes a table: {name}", "outside of its call")
+    refuse(
+        template,
+        f"The model assigns to {name}, in a way that Keras does not see",
+        "with a variable of Keras (self.add_weight(...), keras.random.SeedGenerator())",
+    )
 
 
 def _weights(trace: Trace) -> None:

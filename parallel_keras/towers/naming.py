@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import tensorflow as tf
 from parallel_keras import _compat
 
 _DEPTH = 4
+# Tables that a call can change.
+TABLES = (tf.lookup.experimental.MutableHashTable, tf.lookup.experimental.DenseHashTable)
 
 
 def name_of(template: keras.Model, handle: tf.Tensor) -> str:
@@ -44,13 +47,14 @@ class Outside:
         self._found: dict[int, tuple[str, Any]] = {}
         for layer in reversed(_compat.all_layers(template)):
             for path, value in kept_by(layer):
-                changes = isinstance(value, tf.Variable) or hasattr(value, "insert")
-                if changes and id(value) not in known and not isinstance(value, list):
+                if isinstance(value, (tf.Variable, *TABLES)) and id(value) not in known:
                     self._found.setdefault(id(value), (f"{path!r} of layer {layer.name!r}", value))
 
-    def values(self) -> list[tuple[str, list[Any]]]:
-        """What is in them now: words for a sentence, and arrays."""
-        return [(name, _arrays(value)) for name, value in self._found.values()]
+    def values(self) -> list[tuple[str, bool, list[Any]]]:
+        """What is in them now: words for a sentence, whether it is a table, and arrays."""
+        return [
+            (name, isinstance(value, TABLES), _arrays(value)) for name, value in self._found.values()
+        ]
 
 
 def _arrays(value: Any) -> list[Any]:
@@ -80,7 +84,11 @@ def kept_by(layer: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
                 waiting.append((f"{path}{name}.", child, depth + 1))
 
 
-_OTHERS = (keras.layers.Layer, keras.Variable, keras.optimizers.Optimizer, tf.Tensor, str, type)
+# A module holds what is everybody's, and some import more of it when they are asked.
+_OTHERS = (
+    *(keras.layers.Layer, keras.Variable, keras.optimizers.Optimizer),
+    *(tf.Tensor, str, type, types.ModuleType),
+)
 
 
 def _inside(value: Any) -> list[tuple[str, Any]]:
