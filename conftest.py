@@ -78,10 +78,13 @@ def enough_devices() -> None:
         )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lets tests fail whose faults are known and not mended yet; see tests/known_failures.py."""
+    """Leaves most cases of long sweeps to `make test-all`; lets known failures fail."""
     from tests.known_failures import KNOWN
+    from tests.sweeps import mark_slow
 
+    mark_slow(items)
     for item in items:
         for beginning, reason in KNOWN.items():
             if item.nodeid.startswith(beginning):

@@ -96,6 +96,7 @@ def recurrent() -> tuple[keras.Model, list[Callable[[], None]]]:
     ]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("towers", TOWERS)
 @pytest.mark.parametrize("build", [custom, of_keras, recurrent])
 def test_a_call_does_what_python_says_now(build: Any, towers: int) -> None:

@@ -98,6 +98,7 @@ def counted(dataset_of: tuple[int, ...], steps: int = STEPS) -> tf.data.Dataset:
     return batches(dataset_of, rows(total, steps, WIDTH), rows(total, 2, seed=1))
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(
     ("optimizer", "loss_on"),
     [*((name, "towers") for name in OPTIMIZERS), ("adam", "merged"), ("clipnorm", "merged")],
@@ -112,6 +113,7 @@ def test_position_tables(optimizer: str, loss_on: str) -> None:
     assert_same_fit(bare, parallel, x, y, batch_size=7, epochs=2)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(("loss_on", "unknown"), [("merged", False), ("towers", True)])
 @pytest.mark.parametrize("how", WAYS)
 def test_ways_to_look_up(how: str, loss_on: str, unknown: bool) -> None:
@@ -127,6 +129,7 @@ def test_ways_to_look_up(how: str, loss_on: str, unknown: bool) -> None:
         assert_same_fit(bare, parallel, x, y, batch_size=6, epochs=2)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("how", ["positions", "positions of each row", "relative positions"])
 def test_sequences_of_any_length(how: str, loss_on: str) -> None:
@@ -156,6 +159,7 @@ def test_lengths_that_nobody_knows() -> None:
         sparse.apart(gradient, [(slices.ROWS, None), (slices.SAME, None)])
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("mode", ["run_eagerly", "jit_compile"])
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("how", ["positions", "words", "words and positions"])
@@ -174,6 +178,7 @@ def on_sparse() -> keras.Model:
     return keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Dense(3)(inputs)))
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "lion", "clipnorm", "clipvalue"])
 def test_dense_layers_on_sparse_inputs(optimizer: str, loss_on: str) -> None:

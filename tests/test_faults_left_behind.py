@@ -82,6 +82,7 @@ class MetricsRead(Reads):
         return {**metrics, "size": tf.reduce_mean(self.encoder.hidden * y[:, :1])}
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("kind", [Reads, StepReads, MetricsRead])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("towers", TOWERS)

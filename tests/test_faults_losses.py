@@ -49,6 +49,7 @@ TERMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", TERMS)
 def test_terms(name: str, loss_on: str) -> None:
@@ -154,6 +155,7 @@ def regularised(make: Callable[[], Any]) -> Callable[[], keras.Model]:
     )
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_activity_regularisers(name: str) -> None:
     """X9: of the whole batch, also those that look at several rows."""
@@ -232,6 +234,7 @@ class OwnStep(keras.Model):
         return {"loss": loss}
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [OwnLoss, OwnStep])
 @pytest.mark.parametrize("name", ["mean", "one column", "l2", "sparsity"])
 def test_functional_templates_with_steps_of_their_own(name: str, kind: type) -> None:

@@ -62,6 +62,7 @@ def moves(name: str, **options: Any) -> Callable[[], keras.Model]:
     )
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", KINDS)
 def test_moved_by_rows(name: str, loss_on: str) -> None:

@@ -48,6 +48,7 @@ def sequences() -> tf.data.Dataset:
     return batches(SIZES, rows(12, 5, 3), rows(12, 2, seed=1))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("loss_on", "arguments"),
     [
@@ -78,6 +79,7 @@ def test_state_is_assigned_in_a_cell_on_one_tower() -> None:
     assert_same_fit(bare, parallel, sequences(), epochs=2)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "make",
     [

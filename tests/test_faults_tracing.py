@@ -287,6 +287,7 @@ class Compiled(keras.layers.Layer):
         return self.helper(x)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("layer", "loss_on", "called"),
     [

@@ -74,6 +74,7 @@ class SecondByDefault(keras.Model):
         return y if mask is None else y * tf.cast(mask, y.dtype)[:, None]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("towers", TOWERS)
 @pytest.mark.parametrize("kind", [TrainingByDefault, KeywordOnly, NoDefault, NoTraining])
 def test_training_is_what_it_is_on_one_device(kind: Any, towers: int) -> None:
@@ -166,6 +167,7 @@ def dataset_without(x: Any, y: Any, size: int) -> tf.data.Dataset:
     return data.map(lambda x, y: ({"a": x, "b": None}, y))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("build", [True, False])
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 @pytest.mark.parametrize("source", ["arrays", "dataset"])
@@ -236,6 +238,7 @@ def layout(path: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("towers", TOWERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_legacy_files_are_laid_out_as_those_of_one_device(
@@ -336,6 +339,7 @@ class CountsInItsLoss(CountsItself):
         return tf.reduce_mean(tf.square(y - y_pred))
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("kind", [CountsItself, CountsInItsLoss])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])

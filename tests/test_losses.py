@@ -57,6 +57,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str, weighted: bool) -> None:

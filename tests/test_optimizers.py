@@ -48,6 +48,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name: str) -> None:
     """C10: https://github.com/tensorflow/tensorflow/issues/32960."""

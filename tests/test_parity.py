@@ -30,6 +30,7 @@ def _sizes(towers: int) -> list[int]:
     return (sizes * 20)[: max(20, len(sizes))][::-1]
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("towers", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
@@ -50,6 +51,7 @@ def test_every_batch_size(towers: int, loss_on: str, optimizer: str) -> None:
     )
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("towers", [3, 4, 8])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10])
 def test_known_batch_size(towers: int, count: int) -> None:

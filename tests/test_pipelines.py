@@ -152,6 +152,7 @@ CALLBACKS: dict[str, Any] = {
 }
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", list(CALLBACKS))
 def test_callbacks_do_what_they_do_on_one_device(name: str, tmp_path: Path) -> None:
     """C12: https://github.com/leondgarse/Keras_insightface/issues/68."""

@@ -72,36 +72,43 @@ def check(make: Make) -> None:
     assert_same(run(make), run(make, TOWERS))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("make", programs(text))
 def test_text(make: Make) -> None:
     check(make)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("make", programs(vision))
 def test_vision(make: Make) -> None:
     check(make)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("make", programs(generative))
 def test_generative(make: Make) -> None:
     check(make)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("make", programs(structured))
 def test_structured(make: Make) -> None:
     check(make)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(recommendation))
 def test_recommendation(make: Make) -> None:
     check(make)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(graph))
 def test_graph(make: Make) -> None:
     check(make)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(sound))
 def test_sound(make: Make) -> None:
     check(make)

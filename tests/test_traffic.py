@@ -59,6 +59,7 @@ def traced(
     return parallel, step.get_concrete_function(data).graph
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.usefixtures("eight_gpus")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -84,6 +85,7 @@ def test_weights_and_gradients_travel_between_their_home_and_the_towers_only(
     assert found == {(shape, out): 7 for shape in homes for out in (True, False)}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.usefixtures("eight_gpus")
 @pytest.mark.parametrize("weights_on", ["unmoved", "gpu:3", "/CPU:0"])
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
@@ -97,6 +99,7 @@ def test_weights_in_one_place_are_summed_and_updated_there(weights_on: str, loss
             assert home in (source, target), tensor
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.usefixtures("eight_gpus")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -117,6 +120,7 @@ def test_messages_do_not_grow_with_the_number_of_small_weights(name: str, loss_o
     assert max(few.values()) < 40, counts
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_conditions_fetch_no_weights(

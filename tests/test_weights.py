@@ -136,6 +136,7 @@ def reads(graph: tf.Graph, variable: keras.Variable) -> list[str]:
     ]
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss_on", ["towers", "merged"])
 @pytest.mark.parametrize("towers", [1, 3, 8])
@@ -151,6 +152,7 @@ def test_same_numbers(optimizer: str, loss_on: str, towers: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("loss_on", ["towers", "merged"])
 @pytest.mark.parametrize("build", [twice, subclassed, normalised, conditional])
 def test_other_ways_to_read_a_table(build: Any, loss_on: str) -> None:

@@ -168,6 +168,7 @@ def data(*, ids: bool = False) -> tf.data.Dataset:
     return batches(SIZES, x, rows(count, 3, seed=1))
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.usefixtures("links_between")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -194,6 +195,7 @@ def slots(optimizer: Any) -> list[tuple[keras.Variable, keras.Variable]]:
     ]
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.usefixtures("links_between")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", MODELS)
@@ -211,6 +213,7 @@ def test_models(name: str, loss_on: str) -> None:
     np.testing.assert_allclose(parallel(x), bare(x), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", ["regularised", "normalised", "table"])
 def test_models_without_links(name: str, loss_on: str) -> None:
@@ -220,6 +223,7 @@ def test_models_without_links(name: str, loss_on: str) -> None:
     assert_same_fit(bare, parallel, data(ids=name == "table"), epochs=2)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.usefixtures("links_between")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("how", ["eager", "jit", "mixed", "several steps", "two outputs"])

@@ -1,0 +1,53 @@
+"""Which cases of a long sweep `make test` runs; the others are left to `make test-all`."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+import pytest
+
+
+def mark_slow(items: Sequence[pytest.Item]) -> None:
+    """Marks as slow what is beyond the number of cases that a test's mark `sweep` names.
+
+    Args:
+        items: All tests that were collected.
+    """
+    sweeps: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("sweep"):
+            sweeps.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in sweeps.values():
+        [count] = next(cases[0].iter_markers("sweep")).args
+        quick = [case for case in cases if case.get_closest_marker("slow") is None]
+        kept = spread([case.callspec.id.split("-") for case in quick], count)
+        for index, case in enumerate(quick):
+            if index not in kept:
+                case.add_marker(pytest.mark.slow)
+
+
+def spread(cases: Sequence[Sequence[str]], count: int) -> list[int]:
+    """Takes cases such that the values of all parameters are among them, as evenly as can be.
+
+    Args:
+        cases: For each case the values of its parameters.
+        count: Int, how many to take.
+
+    Returns:
+        The numbers of those taken.
+    """
+    taken: list[int] = []
+    seen: collections.Counter[tuple[int, str]] = collections.Counter()
+
+    def gain(index: int) -> tuple[int, int]:
+        counts = [seen[value] for value in enumerate(cases[index])]
+        return counts.count(0), -sum(counts)
+
+    left = list(range(len(cases)))
+    while left and len(taken) < count:
+        best = max(left, key=gain)
+        seen.update(enumerate(cases[best]))
+        left.remove(best)
+        taken.append(best)
+    return taken
