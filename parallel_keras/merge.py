@@ -1,12 +1,16 @@
 """From what the towers returned to one result. Pure: knows nothing of models."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from parallel_keras import nests, slices
-from parallel_keras.shard import Rows, Shards
+
+if TYPE_CHECKING:
+    from parallel_keras.shard import Rows, Shards
 
 
 def outputs(

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.devices import Devices, resolve
 from parallel_keras.homes.plan import Homes
-from parallel_keras.keras_api.answers import TemplateAnswers
+from parallel_keras.keras_api.answers import Answers
+from parallel_keras.keras_api.loops import Loops
 from parallel_keras.keras_api.notices import Notices
-from parallel_keras.keras_api.saving import TemplateFiles
-from parallel_keras.keras_api.template_loops import TemplateLoops
-from parallel_keras.keras_api.worker_loops import WorkerLoops
-from parallel_keras.nests import knows_more, symbols
+from parallel_keras.keras_api.saving import Files
 from parallel_keras.shard import is_empty
 from parallel_keras.steps import checks
-from parallel_keras.steps.building import build_template
-from parallel_keras.steps.calls import Calls
 from parallel_keras.steps.first_batch import first_batch
-from parallel_keras.steps.keras_steps import ParallelSteps
+from parallel_keras.steps.keras_steps import Steps
+from parallel_keras.steps.loss_on_towers import LossStep
 from parallel_keras.steps.overriding import LEARNING, overrides
-from parallel_keras.steps.template_steps import TemplateSteps
-from parallel_keras.towers.call import Call, as_call
-from parallel_keras.towers.current import current
+from parallel_keras.steps.runtime import Runtime
+from parallel_keras.towers import losses
+from parallel_keras.towers.call import Call, as_call, as_positional
 from parallel_keras.towers.results import Merged
-from parallel_keras.towers.run import Towers
 from parallel_keras.workers import servers
-from parallel_keras.workers.agreement import agree_on_state, check_same, facts_of
+from parallel_keras.workers.agreement import check_same, facts_of
 from parallel_keras.workers.alone import Alone
 from parallel_keras.workers.connection import connect
 
 
 @keras.saving.register_keras_serializable(package="parallel_keras")
-class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, TemplateLoops, ParallelSteps):
+class DataParallelModel(Answers, Files, Loops):
     """Trains, evaluates and predicts with a model on several devices.
 
     The batch is cut by rows, each device runs the same model on its part, and
@@ -167,15 +161,14 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, TemplateLoo
             "rules": dict(rules or {}),
             "weights_on": weights_on,
         }
-        self._workers, self._cluster = workers, cluster
         self.homes = Homes(template, names, weights_place)
-        self._agreed = False
+        self._runtime = Runtime(self, workers, cluster)
+        self._steps = Steps(self, self._runtime, DataParallelModel)
         if cluster is not None:
             check_same(cluster, facts_of(self))
-        self._run_as_compiled()
         if template.compiled:
             self._inherit_compile()
-        self._settle()
+        self._runtime.settle()
         self._notices = Notices(template, names)
         self._notices.wrapped(self)
 
@@ -207,21 +200,58 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, TemplateLoo
             results = towers.run(shards, training)
             return towers.merge(results)
 
-        merged = self._calls.differentiable(flow, as_call((inputs, *args), kwargs, mask), training)
+        merged = self._runtime.calls.differentiable(
+            flow, as_call((inputs, *args), kwargs, mask), training
+        )
         if merged.terms:
             self.add_loss(merged.terms)
         return merged.attached(self.template)
 
-    _parallel_call = call  # what a subclass may override, and then the towers' loss would bypass
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Builds the template on the first batch, then calls as Keras does."""
-        args, kwargs = _as_positional(self.template, args, kwargs)
+        args, kwargs = as_positional(self.template, args, kwargs)
         if not self.template.built:
-            self._build_template(args, kwargs)
+            self._runtime.build(args, kwargs)
         with servers.naming_faults():
-            self._settle()
+            self._runtime.settle()
             return super().__call__(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Configures training as `keras.Model.compile` does, with its arguments.
+
+        The template is compiled with the very same objects, so that what is
+        saved can go on training. `jit_compile` compiles the towers with XLA, one
+        by one; the step around them, which spans devices, is not compiled.
+
+        Args:
+            *args: As in `keras.Model.compile`.
+            **kwargs: As in `keras.Model.compile`.
+        """
+        self.template.compile(*args, **kwargs)
+        self._inherit_compile(jit=kwargs.get("jit_compile") is True)
+        self._runtime.settle()
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles the template from its serialised arguments, and this model with it.
+
+        Args:
+            config: Dict from `get_compile_config()`.
+        """
+        self.template.compile_from_config(config)
+        self._inherit_compile()
+
+    def _inherit_compile(self, *, jit: bool = False) -> None:
+        arguments = _compat.compile_arguments(self.template)
+        checks.check_compile(self.template, self._runtime.workers.towers, jit=jit)
+        # The template's optimizer may already be wrapped for loss scaling.
+        ours = {
+            "optimizer": self.template.optimizer,
+            "jit_compile": False,
+            "auto_scale_loss": False,
+        }
+        super().compile(**{**arguments, **ours})
+        _compat.share_compiled(self, self.template)
+        self._runtime.compile_towers(jit=self.template.jit_compile, eager=self.run_eagerly)
 
     def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as `keras.Model.fit` does, with its arguments.
@@ -243,106 +273,62 @@ class DataParallelModel(TemplateAnswers, TemplateFiles, WorkerLoops, TemplateLoo
             return super().fit(*(() if x is None else (x,)), *args, **kwargs)
         self._notices.fitting((x, *args), kwargs)
         # What steps of its own give to which model is theirs to know.
-        if not self.template.built and not self._follows_template():
+        if not self.template.built and not self._template_learns:
             inputs, x = first_batch(x)
             if inputs is not None:
-                self._build_template((inputs,), {})
+                self._runtime.build((inputs,), {})
         return super().fit(x, *args, **kwargs)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Configures training as `keras.Model.compile` does, with its arguments.
-
-        The template is compiled with the very same objects, so that what is
-        saved can go on training. `jit_compile` compiles the towers with XLA, one
-        by one; the step around them, which spans devices, is not compiled.
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """One step of `fit`: losses and gradients of the whole batch, one update.
 
         Args:
-            *args: As in `keras.Model.compile`.
-            **kwargs: As in `keras.Model.compile`.
+            data: Inputs, targets and sample weights of a batch, as Keras gives them.
+
+        Returns:
+            A dict of the values of the metrics.
         """
-        self.template.compile(*args, **kwargs)
-        self._inherit_compile(jit=kwargs.get("jit_compile") is True)
-        self._settle()
 
-    def _inherit_compile(self, *, jit: bool = False) -> None:
-        arguments = _compat.compile_arguments(self.template)
-        checks.check_compile(self.template, self._workers.towers, jit=jit)
-        # The template's optimizer may already be wrapped for loss scaling.
-        ours = {
-            "optimizer": self.template.optimizer,
-            "jit_compile": False,
-            "auto_scale_loss": False,
-        }
-        super().compile(**{**arguments, **ours})
-        _compat.share_compiled(self, self.template)
-        self._run_as_compiled(jit=self.template.jit_compile, eager=self.run_eagerly)
+        def flow(step: LossStep, batch: Any) -> dict[str, Any]:
+            shards = step.shard(batch)
+            results = step.run(shards)
+            merged = step.merge(results)
+            loss = self._steps.update_weights(merged)
+            return self._steps.update_metrics(merged, loss, batch)
 
-    def _run_as_compiled(self, *, jit: bool = False, eager: bool = False) -> None:
-        """Makes the towers anew, compiled by XLA or not traced at all if so asked."""
-        self._towers_by_xla = jit
+        return self._steps.run(flow, data, training=True)
 
-        def calls_of(model: keras.Model) -> Calls:
-            def towers() -> Towers:
-                rules = self.request["rules"]
-                place = (self.devices, self.merge_device, rules, self._workers, self.homes)
-                return Towers(model, *place, jit=jit, eager=eager)
-
-            return Calls(current(towers), eager=eager)
-
-        def make() -> None:
-            self._calls = calls_of(self.template)
-            self._template_steps = TemplateSteps(self.template, calls_of, self.homes)
-
-        self._make_calls = make
-        make()
-
-    def _settle(self, *, running: bool = False) -> None:
-        """Moves weights, and what the optimizer keeps for them, that have come since.
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """One step of `evaluate`: losses and metrics of the whole batch.
 
         Args:
-            running: Whether a function of this model runs, which is not traced yet and knows
-                nothing that moves. Defaults to `False`.
+            data: Inputs, targets and sample weights of a batch, as Keras gives them.
+
+        Returns:
+            A dict of the values of the metrics.
         """
-        with servers.naming_faults():
-            moved = self.homes.settle()
-        if not moved:
-            return
-        # What was traced knows variables where they were.
-        self._make_calls()
-        for model in (self.template,) if running else (self, self.template):
-            model.train_function = model.test_function = model.predict_function = None
 
-    def _build_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Makes the template's weights from the shapes and dtypes of a batch."""
-        build_template(self.template, args, kwargs)
-        self._settle()
-        if self._cluster is not None:
-            checks.check_built(self.template)
-            agree_on_state(self, self._cluster)
+        def flow(step: LossStep, batch: Any) -> dict[str, Any]:
+            shards = step.shard(batch)
+            results = step.run(shards)
+            merged = step.merge(results)
+            loss = self._steps.loss(merged)
+            return self._steps.update_metrics(merged, loss, batch)
 
-    def _empty_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the template would return for no rows, which no tower must be given."""
-        specs = self.compute_output_spec(*symbols(args), **kwargs)
-        return keras.tree.map_structure(
-            lambda spec: tf.zeros([size or 0 for size in spec.shape], spec.dtype), specs
-        )
+        return self._steps.run(flow, data, training=False)
 
+    def predict_step(self, data: Any) -> Any:
+        """One step of `predict`: the outputs of `call`, merged.
 
-def _as_positional(
-    template: keras.Model, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Gives by position what the template's `call` names, but for Keras' own arguments.
+        Args:
+            data: Inputs of a batch, as Keras gives them.
 
-    `DataParallelModel.call` cannot know those names, and Keras refuses tensors and
-    other values side by side in the rest of the keywords.
-    """
-    context: dict[str, Any] = {
-        name: kwargs[name] for name in ("training", "mask") if name in kwargs
-    }
-    # By position Keras takes only what it knows to be a nest of tensors.
-    context |= {name: value for name, value in kwargs.items() if knows_more(value)}
-    named = {name: value for name, value in kwargs.items() if name not in context}
-    if not named:
-        return args, kwargs
-    bound = inspect.signature(template.call).bind_partial(*args, **named)
-    return bound.args, {**bound.kwargs, **context}
+        Returns:
+            The outputs, rows in order.
+        """
+        return self._steps.predict(data)
+
+    @property
+    def loss_path(self) -> losses.Decision:
+        """Whether the next step to be traced computes the loss on the towers, and why not."""
+        return self._steps.loss_path()

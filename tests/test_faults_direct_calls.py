@@ -127,12 +127,12 @@ def test_what_is_traced_is_kept_while_it_holds() -> None:
     parallel = pk.DataParallelModel(template, 3)
     for size in (7, 5, 6):
         parallel(x[:size])
-    kept = [traced.function for traced in parallel._calls._direct._traced.values()]
+    kept = [traced.function for traced in parallel._runtime.calls._direct._traced.values()]
     assert len(kept) == 1
     before = kept[0].experimental_get_tracing_count()
     for _ in range(5):
         parallel(x)
-    assert [t.function for t in parallel._calls._direct._traced.values()] == kept
+    assert [t.function for t in parallel._runtime.calls._direct._traced.values()] == kept
     assert kept[0].experimental_get_tracing_count() == before
 
     parallel = pk.DataParallelModel(keras.Sequential([keras.Input((3,)), Counts()]), 3)

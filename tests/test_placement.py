@@ -9,7 +9,6 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from parallel_keras.steps.keras_steps import ParallelSteps
 from tests.parity import Waits, rows
 
 Device = collections.namedtuple("Device", ["name", "device_type"])
@@ -171,13 +170,13 @@ def test_the_step_is_traced_once_for_each_kind_of_batch(
 ) -> None:
     """P3, without a trace that is thrown away because it made variables, as Keras' first is."""
     traces = []
-    original = ParallelSteps.train_step
+    original = pk.DataParallelModel.train_step
 
     def counting(self: Any, data: Any) -> Any:
         traces.append(data)
         return original(self, data)
 
-    monkeypatch.setattr(ParallelSteps, "train_step", counting)
+    monkeypatch.setattr(pk.DataParallelModel, "train_step", counting)
     x, y = rows(33, 6), rows(33, 3)
     known = tf.data.Dataset.from_tensor_slices((x, y)).batch(16, drop_remainder=True)
     # A full batch of known size, and one of unknown size that serves as the tail too.

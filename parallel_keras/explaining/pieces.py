@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
@@ -12,13 +12,15 @@ from parallel_keras import _compat, merge
 from parallel_keras.homes.messages import Copies
 from parallel_keras.nests import is_dense
 from parallel_keras.shard import Shards
-from parallel_keras.steps.keras_steps import ParallelSteps
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch
 from parallel_keras.towers import losses
 from parallel_keras.towers.call import as_call
 from parallel_keras.towers.results import Pass
 from parallel_keras.towers.run import Towers
 from parallel_keras.workers.alone import Alone
+
+if TYPE_CHECKING:
+    from parallel_keras.model import DataParallelModel
 
 Data = tuple[Any, Any, Any]
 Piece = Callable[[Data], Any]
@@ -35,7 +37,7 @@ class Pieces:
         data: Inputs, targets and sample weights of one batch.
     """
 
-    def __init__(self, parallel: ParallelSteps, data: Data) -> None:
+    def __init__(self, parallel: DataParallelModel, data: Data) -> None:
         self.parallel = parallel
         # Towers of its own: what is traced here stays out of the model.
         self.towers = self._make_towers(parallel.devices)

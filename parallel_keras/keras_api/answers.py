@@ -6,16 +6,24 @@ import inspect
 from typing import Any
 
 import keras
+import tensorflow as tf
 
+from parallel_keras.nests import symbols
 from parallel_keras.steps.wrapper import Wrapper
 
 # What Keras itself sets on the model that is compiled and trained.
 _OF_FIT = ("history", "loss", "loss_weights", "optimizer", "stop_training")
+# What stops a loop, which may be the template's own.
+_STOPS = ("stop_training", "stop_evaluating", "stop_predicting")
 _KEPT = (keras.layers.Layer, keras.metrics.Metric, keras.Variable, keras.optimizers.Optimizer)
 
 
-class TemplateAnswers(Wrapper):
-    """The part of `DataParallelModel` that hands questions on to its template."""
+class Answers(Wrapper):
+    """Hands questions on to the template.
+
+    It needs the template and the devices, and gives what people ask a model about itself: its
+    attributes, whether it is built and trainable, layers, metrics, summary, shapes of outputs.
+    """
 
     def __getattr__(self, name: str) -> Any:
         """The template's attribute or method of that name.
@@ -48,7 +56,8 @@ class TemplateAnswers(Wrapper):
         """Sets an attribute; one that only the template has is set there, where it is read.
 
         Layers, metrics and the like are set here all the same: a subclass may have
-        some of its own under the name of one of the template's.
+        some of its own under the name of one of the template's. One that stops a loop is set
+        where the loop runs, too.
 
         Args:
             name: String.
@@ -56,8 +65,10 @@ class TemplateAnswers(Wrapper):
         """
         if self._is_of_template(name) and not isinstance(value, _KEPT):
             setattr(self.template, name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        super().__setattr__(name, value)
+        if name in _STOPS and self._template_loops:
+            setattr(self.template, name, value)
 
     def _is_of_template(self, name: str) -> bool:
         attributes = vars(self)
@@ -104,6 +115,18 @@ class TemplateAnswers(Wrapper):
     def layers(self) -> list[keras.layers.Layer]:
         """The template's layers."""
         return self.template.layers
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """What the steps update: the template's metrics, then those of a subclass of this model."""
+        of_wrapper = super().metrics
+        if "template" not in vars(self):
+            return of_wrapper
+        metrics = list(self.template.metrics)
+        if not self._template_learns:
+            known = set(map(id, metrics))
+            metrics += [metric for metric in of_wrapper if id(metric) not in known]
+        return metrics
 
     def get_layer(self, name: str | None = None, index: int | None = None) -> Any:
         """The template's layer of that name or index.
@@ -159,3 +182,10 @@ class TemplateAnswers(Wrapper):
             A shape, or a nest of them.
         """
         return self.template.compute_output_shape(*args, **kwargs)
+
+    def _empty_outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the template would return for no rows, which no tower must be given."""
+        specs = self.compute_output_spec(*symbols(args), **kwargs)
+        return keras.tree.map_structure(
+            lambda spec: tf.zeros([size or 0 for size in spec.shape], spec.dtype), specs
+        )

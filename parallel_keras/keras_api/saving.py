@@ -17,8 +17,12 @@ from parallel_keras.steps import checks
 from parallel_keras.steps.wrapper import Wrapper
 
 
-class TemplateFiles(Wrapper):
-    """The part of `DataParallelModel` that files see: they hold the template, nothing of it."""
+class Files(Wrapper):
+    """Saves and restores the template: files hold nothing of the wrapper.
+
+    It needs the template, the request and whether this worker writes, and gives files, configs
+    and what is made of them again.
+    """
 
     def save(self, filepath: Any, overwrite: bool = True, *args: Any, **kwargs: Any) -> None:
         """Saves the template, with its compile arguments and optimizer state.
@@ -56,7 +60,7 @@ class TemplateFiles(Wrapper):
     @property
     def _writes(self) -> bool:
         """Whether this worker writes files: of several with the same weights the first does."""
-        return self._workers.chief
+        return self._runtime.workers.chief
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Loads weights into the template.
@@ -137,15 +141,6 @@ class TemplateFiles(Wrapper):
             A dict, or `None` if it is not compiled.
         """
         return self.template.get_compile_config()
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles the template from its serialised arguments, and this model with it.
-
-        Args:
-            config: Dict from `get_compile_config()`.
-        """
-        self.template.compile_from_config(config)
-        self._inherit_compile()
 
 
 def _may_write(filepath: Any, overwrite: bool) -> bool:

@@ -64,6 +64,18 @@ def overridden_loops(template: keras.Model) -> list[str]:
     return overrides(template, LOOPS)
 
 
+def overridden_steps(template: keras.Model) -> list[str]:
+    """The methods of Keras' steps that a template has made its own.
+
+    Args:
+        template: The model.
+
+    Returns:
+        A list of names.
+    """
+    return overrides(template, LEARNING)
+
+
 class Redirected:
     """A method that stands in a template for one of the model that wraps it.
 

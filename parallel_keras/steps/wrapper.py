@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
 
-from parallel_keras.steps.overriding import overridden_loops
+from parallel_keras.steps.overriding import overridden_loops, overridden_steps
 
 if TYPE_CHECKING:
     from parallel_keras.homes.plan import Homes
-    from parallel_keras.steps.calls import Calls
-    from parallel_keras.steps.template_steps import TemplateSteps
-    from parallel_keras.workers.connection import Workers
-    from parallel_keras.workers.message import AnyWorkers
+    from parallel_keras.steps.keras_steps import Steps
+    from parallel_keras.steps.runtime import Runtime
 
 
 class Wrapper(keras.Model):
@@ -35,21 +32,19 @@ class Wrapper(keras.Model):
     loss_on: str
     request: dict[str, Any]
     homes: Homes
-    _workers: AnyWorkers
-    _agreed: bool
-    _cluster: Workers | None
-    _calls: Calls
-    _template_steps: TemplateSteps
-    _towers_by_xla: bool
-    _parallel_call: Any
     train_function: Any
     test_function: Any
-    _inherit_compile: Callable[..., None]
-    _settle: Callable[..., None]
-    _build_template: Callable[[tuple[Any, ...], dict[str, Any]], None]
+    _runtime: Runtime
+    _steps: Steps
 
     @property
     def _template_loops(self) -> bool:
         """Whether the template runs its loops by itself."""
         template = vars(self).get("template")
         return template is not None and bool(overridden_loops(template))
+
+    @property
+    def _template_learns(self) -> bool:
+        """Whether `fit` and `evaluate` take the template's own steps."""
+        template = vars(self).get("template")
+        return template is not None and bool(overridden_steps(template))

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
+from parallel_keras.nests import knows_more
 
 
 class Call(TypedDict):
@@ -56,6 +57,34 @@ def by_name(
         return args, kwargs
     names = list(inspect.signature(type(model).call).parameters)[1:]
     return args[:first], {**dict(zip(names[first:], args[first:], strict=False)), **kwargs}
+
+
+def as_positional(
+    template: keras.Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Gives by position what the template's `call` names, but for Keras' own arguments.
+
+    `DataParallelModel.call` cannot know those names, and Keras refuses tensors and
+    other values side by side in the rest of the keywords.
+
+    Args:
+        template: The model to call.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        Positional and keyword arguments.
+    """
+    context: dict[str, Any] = {
+        name: kwargs[name] for name in ("training", "mask") if name in kwargs
+    }
+    # By position Keras takes only what it knows to be a nest of tensors.
+    context |= {name: value for name, value in kwargs.items() if knows_more(value)}
+    named = {name: value for name, value in kwargs.items() if name not in context}
+    if not named:
+        return args, kwargs
+    bound = inspect.signature(template.call).bind_partial(*args, **named)
+    return bound.args, {**bound.kwargs, **context}
 
 
 def takes_training(model: keras.Model) -> bool:

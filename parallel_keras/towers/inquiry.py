@@ -14,11 +14,11 @@ from parallel_keras.graphs.outputs import Given
 from parallel_keras.graphs.sparse import Sorting
 from parallel_keras.nests import flatten, flatten_with_paths, mapped, symbol
 from parallel_keras.towers import left_behind
-from parallel_keras.towers.call import Call
-from parallel_keras.towers.function import Body
-from parallel_keras.towers.results import Sort
 
 if TYPE_CHECKING:
+    from parallel_keras.towers.call import Call
+    from parallel_keras.towers.function import Body
+    from parallel_keras.towers.results import Sort
     from parallel_keras.towers.tower import Tower
 
 Watch = Callable[[list[tf.Tensor], Any], list[tf.Tensor]]

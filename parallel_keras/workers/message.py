@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import tensorflow as tf
 
-from parallel_keras.shard import Shards
+if TYPE_CHECKING:
+    from parallel_keras.shard import Shards
 
 # For each weight, the gradient of each tower.
 Columns = list[list[Any]]
