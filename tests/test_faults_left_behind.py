@@ -3,7 +3,10 @@
 The id above each test is that of the kind of fault.
 """
 
-from typing import Any
+import collections
+import dataclasses
+import weakref
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -165,3 +168,88 @@ def test_what_cannot_be_merged_is_named() -> None:
     parallel = pk.DataParallelModel(model, 3, rules={"near": "whole"})
     assert parallel(rows(6, 3)).shape == (6, 1)
     assert model.layers[0].near.shape == (2, 2)
+
+
+class Notes:
+    """A plain object of the user's."""
+
+    def __init__(self) -> None:
+        self.old, self.calls, self.list = "text", [1], []
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    hidden: Any
+    pair: Any = None
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+GLOBAL_LIST: list[Any] = []
+GLOBAL_KEYS: Any = weakref.WeakKeyDictionary()
+GLOBAL_TENSOR: Any = None
+
+
+def note(hidden: Any) -> None:
+    GLOBAL_LIST.append(hidden * 2)
+
+
+class LeavesAnywhere(Encoder):
+    """Leaves what it computed in what is no attribute, list or dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes = Notes()
+        self.last: Any = collections.deque(maxlen=2)
+        self.by_key = {0: None}
+
+    def call(self, x: Any) -> Any:
+        global GLOBAL_TENSOR  # noqa: PLW0603 (as users do)
+        hidden = self.dense(x)
+        self.notes.hidden = hidden
+        self.notes.list.append(hidden)
+        self.seen = Seen(hidden, Pair(hidden + 1, tf.reduce_mean(hidden)))
+        self.last.append(hidden)
+        self.by_key[0] = hidden
+        self.by_key[1, "block/attention"] = hidden
+        self.named["block/attention"] = hidden
+        GLOBAL_LIST.clear()
+        note(hidden)
+        GLOBAL_KEYS[self] = hidden
+        GLOBAL_TENSOR = hidden + 3
+        return hidden
+
+
+class ReadsAnywhere(Reads):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = LeavesAnywhere()
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return keras.Model.compute_loss(self, *args, **kwargs) + self.penalty()
+
+    def penalty(self) -> Any:
+        left = self.encoder
+        assert left.notes.old == "text"
+        assert left.notes.calls == [1]
+        values = [
+            *(left.notes.hidden, left.notes.list[-1], left.seen.hidden, left.seen.pair.first),
+            *(left.last[-1], left.by_key[0], left.by_key[1, "block/attention"]),
+            *(left.named["block/attention"], GLOBAL_LIST[0], GLOBAL_KEYS[left], GLOBAL_TENSOR),
+        ]
+        # Read once: a later call must leave its own.
+        left.notes.list.clear()
+        return left.seen.pair.second + sum(
+            weight * tf.reduce_mean(value * value) for weight, value in enumerate(values, start=1)
+        )
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_call_leaves_anywhere(eager: bool) -> None:
+    """X15: in objects, tuples with names, under any key, and around the functions of a layer."""
+    x, y = rows(7, 3), rows(7, 2)
+    bare, parallel = pair(ReadsAnywhere, 3, optimizer="adam", loss="mse", run_eagerly=eager)
+    assert_same_fit(bare, parallel, x, y, batch_size=4, epochs=2)

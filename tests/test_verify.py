@@ -126,6 +126,22 @@ def test_finds_what_only_state_or_the_loss_shows(layer: Any) -> None:
     assert not verified(net(layer())).equal
 
 
+class Pairs(keras.layers.Layer):
+    """A similarity of all pairs of rows."""
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.matmul(x, keras.ops.transpose(x))
+
+
+def test_a_refusal_is_a_finding() -> None:
+    """X13: it says what the refusal says, and everything is put back."""
+    template = keras.Sequential([keras.layers.Dense(6), Pairs()])
+    found = verified(template, batch(ROWS))
+    assert [(one.kind, one.size) for one in found.differences] == [(findings.REFUSED, np.inf)]
+    assert "pairs of rows" in str(found)
+    assert template.optimizer.iterations == 0
+
+
 def test_text_without_a_length() -> None:
     """X13: shorter texts on one tower than on another."""
     words = keras.layers.TextVectorization(max_tokens=20)

@@ -225,7 +225,10 @@ def _sizes_in_graph(leaves: Sequence[tf.Tensor], given: Given, rows: int) -> lis
 
 def _is_same(column: Sequence[Any], sources: Sequence[tf.Tensor]) -> bool:
     if tf.executing_eagerly():
-        return all(bool(tf.reduce_all(tf.equal(one, column[0]))) for one in column)
+        first = column[0]
+        return all(
+            one.shape == first.shape and bool(tf.reduce_all(tf.equal(one, first))) for one in column
+        )
     return not depends_on_rows(Spot(column[0]), sources)
 
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
+
+from parallel_keras.towers.reachable import (
+    ABSENT,
+    changed,
+    children,
+    functions_of,
+    is_container,
+    is_tensor,
+    restored,
+)
 
 # By the number of the layer and the path of the attribute, such as "3" and "states/0".
 Left = dict[str, dict[str, Any]]
@@ -16,6 +26,8 @@ _PASSED_OVER = frozenset(
     {"_losses", "_losses_override", "_tracker", "_inbound_nodes", "_outbound_nodes"}
 )
 _OF_CHECKPOINTS = "_self_"
+# Objects in objects in objects are looked into, and no further.
+_DEPTH = 6
 
 
 @contextlib.contextmanager
@@ -23,6 +35,8 @@ def noting(layers: Sequence[keras.layers.Layer]) -> Iterator[Left]:
     """Finds what a call leaves on layers, and takes it away again.
 
     In a tower such a tensor holds some rows only, and nobody outside of its graph may use it.
+    It may also be in a container or an object that a layer has, or in one that its methods know
+    from the functions or the module around them.
 
     Args:
         layers: All layers of the model that is called inside.
@@ -31,20 +45,21 @@ def noting(layers: Sequence[keras.layers.Layer]) -> Iterator[Left]:
         What was left: empty inside, filled afterwards.
     """
     left: Left = {}
-    before = [_attributes(layer) for layer in layers]
-    copies = [{name: _copy(value) for name, value in held.items()} for held in before]
+    seen: set[int] = set()
+    old: dict[int, Any] = {}
+    before = [_before(layer, _spaces(layer), seen, old) for layer in layers]
     yield left
-    for number, (layer, held, copied) in enumerate(zip(layers, before, copies, strict=True)):
-        for name, value in _attributes(layer).items():
-            known = dict(_tensors(name, copied.get(name)))
-            found = {path: one for path, one in _tensors(name, value) if known.get(path) is not one}
-            if not found:
-                continue
-            left.setdefault(str(number), {}).update(found)
-            if tf.is_tensor(value) and name not in held:
-                del vars(layer)[name]
-            elif tf.is_tensor(value) or held.get(name) is value:
-                vars(layer)[name] = copied[name]
+    # What was there before may have been moved; held above, it is no other with the same id.
+    seen = set(old)
+    for number, (layer, held) in enumerate(zip(layers, before, strict=True)):
+        found = left[str(number)] = {}
+        for name, value in _spaces(layer).items():
+            tensors = dict(_tensors(name, value, seen))
+            if tensors:
+                found.update(tensors)
+                _take_away(layer, name, value, held.inside)
+        if not found:
+            del left[str(number)]
 
 
 def put(layers: Sequence[keras.layers.Layer], left: Left) -> None:
@@ -55,10 +70,12 @@ def put(layers: Sequence[keras.layers.Layer], left: Left) -> None:
         left: The merged tensors.
     """
     for number, tensors in left.items():
-        attributes = vars(layers[int(number)])
+        layer = layers[int(number)]
         for path, tensor in tensors.items():
             name, *rest = path.split("/")
-            attributes[name] = _with(attributes.get(name), rest, tensor)
+            value = _with(_spaces(layer).get(name), rest, tensor)
+            if name not in functions_of(type(layer)):
+                vars(layer)[name] = value
 
 
 def name_of(layers: Sequence[keras.layers.Layer], path: str) -> str:
@@ -72,41 +89,84 @@ def name_of(layers: Sequence[keras.layers.Layer], path: str) -> str:
     return f"attribute {attribute!r} of layer {layers[int(number)].name!r}"
 
 
-def _attributes(layer: keras.layers.Layer) -> dict[str, Any]:
-    """What can hold tensors that a call left."""
-    return {
+@dataclasses.dataclass
+class _Held:
+    """What was in a layer, a container or an object before a call."""
+
+    value: Any
+    inside: dict[str, Any]
+
+
+def _spaces(layer: keras.layers.Layer) -> dict[str, Any]:
+    """What can hold tensors that a call left: attributes, and the methods of the user's own."""
+    attributes = {
         name: value
         for name, value in vars(layer).items()
         if name not in _PASSED_OVER and not name.startswith(_OF_CHECKPOINTS)
     }
+    return {**functions_of(type(layer)), **attributes}
 
 
-def _tensors(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(f"{path}/{key}", item)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _tensors(f"{path}/{index}", item)
-    elif tf.is_tensor(value) and not isinstance(value, (tf.Variable, keras.Variable)):
-        yield path, value
+def _before(
+    value: Any, inside: dict[str, Any], seen: set[int], old: dict[int, Any], depth: int = 0
+) -> _Held:
+    seen.add(id(value))
+    held = {}
+    for name, child in inside.items():
+        if is_tensor(child):
+            old[id(child)] = child
+        further = None if depth == _DEPTH or id(child) in seen else children(child)
+        held[name] = child if further is None else _before(child, further, seen, old, depth + 1)
+    return _Held(value, held)
 
 
-def _copy(value: Any) -> Any:
-    """The same containers once more, with the same things in them."""
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
+def _tensors(path: str, value: Any, seen: set[int], depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """The tensors that are new."""
+    if is_tensor(value):
+        if id(value) not in seen:
+            yield path, value
+        return
+    inside = None if depth == _DEPTH or id(value) in seen else children(value)
+    if inside is None:
+        return
+    seen.add(id(value))
+    for name, child in inside.items():
+        yield from _tensors(f"{path}/{name}", child, seen, depth + 1)
+
+
+def _take_away(layer: keras.layers.Layer, name: str, value: Any, held: dict[str, Any]) -> None:
+    if is_tensor(value) and name not in held:
+        del vars(layer)[name]
+    elif name in held and (is_tensor(value) or _original(held[name]) is value):
+        old = _restored(value, held[name])
+        if name not in functions_of(type(layer)):
+            vars(layer)[name] = old
+
+
+def _original(held: Any) -> Any:
+    return held.value if isinstance(held, _Held) else held
+
+
+def _restored(value: Any, held: Any) -> Any:
+    """What there was before, with the same in it; of objects only what tensors have replaced."""
+    if not isinstance(held, _Held) or held.value is not value:
+        return _original(held)
+    inside = children(value) or {}
+    olds = {name: _restored(inside.get(name), old) for name, old in held.inside.items()}
+    if is_container(value):
+        return restored(value, olds)
+    lost = {}
+    for name, child in inside.items():
+        old = olds.get(name, ABSENT)
+        changed_inside = name in olds and _original(held.inside[name]) is child
+        if old is not child and (changed_inside or is_tensor(child)):
+            lost[name] = old
+    return restored(value, lost)
 
 
 def _with(value: Any, path: list[str], tensor: Any) -> Any:
-    """A container like this one with a tensor in it; TensorFlow forbids to replace some."""
+    """A container or an object like this one with a tensor in it."""
     if not path:
         return tensor
     first, *rest = path
-    if isinstance(value, dict):
-        key = next((key for key in value if str(key) == first), first)
-        return {**value, key: _with(value.get(key), rest, tensor)}
-    items, index = list(value or []), int(first)
-    items[index : index + 1] = [_with(items[index] if index < len(items) else None, rest, tensor)]
-    return tuple(items) if isinstance(value, tuple) else items
+    return changed(value, {first: _with((children(value) or {}).get(first), rest, tensor)})

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat, merge
 from parallel_keras.graphs.outputs import Given, are_by_rows, whole_outputs
-from parallel_keras.nests import floats
+from parallel_keras.nests import floats, is_float, replaced
 from parallel_keras.shard import Shards
 from parallel_keras.towers import left_behind
 from parallel_keras.towers.left_behind import Left
@@ -55,6 +55,23 @@ class CallResult(NamedTuple):
     def differentiable(self) -> list[tf.Tensor]:
         """Everything that a gradient can flow to."""
         return floats((self.outputs, self.logits, self.terms, self.activities, self.left))
+
+    def told_apart(self) -> CallResult:
+        """The same, with a tensor of its own in each place.
+
+        A gradient is asked for each, and of one tensor in two places it would be that of both.
+        """
+        places = self.differentiable()
+        if len({id(tensor) for tensor in places}) == len(places):
+            return self
+        firsts: dict[int, int] = {}
+        news = [
+            tf.identity(tensor) if firsts.setdefault(id(tensor), place) != place else tensor
+            for place, tensor in enumerate(places)
+        ]
+        names = ("outputs", "logits", "terms", "activities", "left")
+        fields = tuple(getattr(self, name) for name in names)
+        return self.changed(**dict(zip(names, replaced(fields, news, is_float), strict=True)))
 
     def changed(self, **fields: Any) -> CallResult:
         """The same, with other values in some fields."""

@@ -85,7 +85,8 @@ class Tower:
         masks = keras.tree.map_structure(_compat.get_mask, outputs)
         logits = keras.tree.map_structure(_compat.get_logits, outputs)
         terms, left = self.terms(scope), scope.left
-        return CallResult(outputs, masks, logits, terms, scope.activities, left, state, constant)
+        result = CallResult(outputs, masks, logits, terms, scope.activities, left, state, constant)
+        return result.told_apart()
 
     def scope(
         self,

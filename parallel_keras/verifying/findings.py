@@ -11,6 +11,7 @@ SEVERAL_ROWS: Final = "looks at several rows"
 OUTSIDE: Final = "state kept outside of Keras"
 STATE: Final = "state merged by rule"
 UNKNOWN: Final = "unknown"
+REFUSED: Final = "refused"
 
 # How many differences the table lists; `differences` has all.
 _SHOWN: Final = 20

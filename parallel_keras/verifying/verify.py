@@ -71,28 +71,32 @@ def verify(parallel: DataParallelModel, batch: Any) -> Verification:
     data = first_of(batch)
     template = parallel.template
     if not parallel.built:
-        parallel(data[0])
+        template(data[0])
     with without_chance(template) as (silenced, left), traced_anew([parallel, template]):
         state = ModelState(parallel, template)
         try:
             with state.noting_gradients():
                 bare = _on_one_device(parallel, data, state)
-                ours = run_steps(parallel, data, state)
+                ours = _on_all_devices(parallel, data, state)
                 noise = _noise(parallel, data, state, bare)
             state.restore()
-            found = _compared(bare, ours, noise, _floor(template))
-            where = _where(parallel, data[0], found, noise)
+            if isinstance(ours, Difference):
+                differences, compared = (ours,), len(bare)
+            else:
+                found = _compared(bare, ours, noise, _floor(template))
+                where = _where(parallel, data[0], found, noise)
+                differences = tuple(_explained(name, sizes, where) for name, sizes in found.items())
+                compared = len(bare.keys() | ours.keys())
         finally:
             state.restore()
     notes = [f"{', '.join(silenced)}: the rates were 0 for the comparison."] if silenced else []
     if left:
         names = ", ".join(layer.name for layer in left)
         notes.append(f"{names}: draws random numbers, on each device others.")
-    differences = tuple(_explained(name, sizes, where) for name, sizes in found.items())
     return Verification(
         equal=not differences,
         differences=differences,
-        compared=len(bare.keys() | ours.keys()),
+        compared=compared,
         devices=tuple(parallel.devices),
         rows=_rows(data),
         notes=tuple(notes),
@@ -103,6 +107,18 @@ def _on_one_device(parallel: DataParallelModel, data: Data, state: ModelState) -
     """The bare template, or a subclass with steps of its own on one device."""
     with tf.device(parallel.devices[0]):
         return run_steps(parallel.template, data, state)
+
+
+def _on_all_devices(
+    parallel: DataParallelModel, data: Data, state: ModelState
+) -> Numbers | Difference:
+    """The same on all devices; what does not run there, although it did on one, is a finding."""
+    try:
+        return run_steps(parallel, data, state)
+    except Exception as error:  # noqa: BLE001 (whatever is raised is what the user asks about)
+        remedy = f"{type(error).__name__}: {error}"
+        size = float("inf")
+        return Difference("a step on all devices", "", size, 0.0, findings.REFUSED, remedy)
 
 
 def _noise(
