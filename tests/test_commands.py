@@ -1,6 +1,7 @@
 """The commands as a user runs them: a process each, all of them at the same time."""
 
 import configparser
+import contextlib
 import importlib
 import json
 import os
@@ -122,19 +123,31 @@ def test_few_epochs_of_the_demo_succeed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"digits.keras", "demo.png"}
 
 
+# What a shell starts with `&` ignores Ctrl-C, and so does all that it starts: tests, for one.
+HEARS_CTRL_C = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("parallel_keras", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX sends Ctrl-C to one process")
 @pytest.mark.parametrize("command", ["demo", "bench"])
 def test_ctrl_c_is_one_line(command: str, tmp_path: Path) -> None:
     arguments = {"demo": ["demo"], "bench": ["bench", "Xception"]}[command]
     process = subprocess.Popen(
-        [sys.executable, "-m", "parallel_keras", *arguments],
+        [sys.executable, "-c", HEARS_CTRL_C, *arguments],
         cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    assert process.stdout.readline()  # It is at work.
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, err = process.communicate(timeout=120)
+    try:
+        assert process.stdout.readline()  # It is at work.
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, err = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + signal.SIGINT
     assert err.splitlines()[-1] == f"parallel_keras {command}: interrupted"
     assert "Traceback" not in err

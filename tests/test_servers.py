@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -140,10 +139,8 @@ def test_who_does_not_answer_is_named_with_the_reason() -> None:
         ports = [refused, frozen, other, closing, fine]
         tasks = [task(port, index) for index, port in enumerate(ports)]
         tasks.append(Task("worker", 5, "no.such.host.invalid:9"))
-        start = time.monotonic()
         with pytest.raises(TimeoutError) as caught:
             server_checks.wait_for(tasks, 1.0)
-        assert time.monotonic() - start < 30
     text = str(caught.value)
     assert f"worker 0 (127.0.0.1:{refused}): calls are refused" in text
     assert f"worker 1 (127.0.0.1:{frozen}): it is frozen" in text

@@ -130,12 +130,12 @@ def test_the_first_failure_ends_all(
             while not os.path.exists(sys.argv[1] + "/child"):
                 time.sleep(0.01)
             sys.exit(3)
-        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(3600)"])
         for name, pid in (("new", child.pid), ("parent", os.getpid())):
             with open(f"{sys.argv[1]}/{name}", "w") as file:
                 file.write(str(pid))
         os.rename(sys.argv[1] + "/new", sys.argv[1] + "/child")
-        time.sleep(60)
+        time.sleep(3600)
         """
     )
     assert code == 3
@@ -161,12 +161,12 @@ def test_who_does_not_end_is_killed_after_the_grace_time(
         with open(sys.argv[1] + "/new", "w") as file:
             file.write(str(os.getpid()))
         os.rename(sys.argv[1] + "/new", sys.argv[1] + "/deaf")
-        time.sleep(60)
+        time.sleep(3600)
         """,
         grace=0.5,
     )
     assert code == 128 + signal.SIGKILL
-    assert 0.5 < time.monotonic() - start < 20
+    assert time.monotonic() - start > 0.5
     err = capsys.readouterr().err
     assert "worker 0 failed with signal SIGKILL; stopping the others" in err
     assert "some workers are still there; killing them" in err
@@ -187,7 +187,7 @@ def test_signals_are_passed_on(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, end)
         open(f"{sys.argv[1]}/ready{index}", "w").close()
-        time.sleep(60)
+        time.sleep(3600)
         """
     )
     sender.join()
@@ -199,28 +199,24 @@ def test_signals_are_passed_on(
 
 
 def test_a_second_ctrl_c_kills(run: Run, tmp_path: Path) -> None:
-    start = time.monotonic()
     ready = (tmp_path / "ready0", tmp_path / "ready1")
     sender = send(signal.SIGINT, times=2, after=ready)
     code = run(
         """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         open(f"{sys.argv[1]}/ready{index}", "w").close()
-        time.sleep(60)
+        time.sleep(3600)
         """
     )
     sender.join()
     assert code == 128 + signal.SIGINT
-    assert time.monotonic() - start < 20
 
 
 def test_what_a_worker_cannot_start_with(tmp_path: Path) -> None:
     """Those that are there already are ended."""
-    command = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
-    start = time.monotonic()
+    command = [sys.executable, "-S", "-c", "import time; time.sleep(3600)"]
     with pytest.raises(ValueError, match="null byte"):
         _processes.run(command, [{}, {"NAME": "\0"}], grace=60)
-    assert time.monotonic() - start < 20
 
 
 def test_each_worker_gets_its_tf_config() -> None:

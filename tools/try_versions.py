@@ -39,7 +39,7 @@ class Row:
 
 
 # The oldest of all, each minor version of Keras with the newest TensorFlow that takes it, and each
-# Python with the newest of both.
+# Python with the newest of both: Keras after 3.12 needs Python 3.11.
 ROWS = (
     Row("3.10", "2.16.2", "3.8.0"),
     Row("3.11", "2.19.*", "3.8.*"),
@@ -50,7 +50,7 @@ ROWS = (
     Row("3.11", "2.21.*", "3.13.*"),
     Row("3.11", "2.21.*", "3.14.*"),
     Row("3.11", "2.21.*", "3.15.*"),
-    Row("3.10", "2.21.*", "3.15.*"),
+    Row("3.10", "2.21.*", "3.12.*"),
     Row("3.12", "2.21.*", "3.15.*"),
     Row("3.13", "2.21.*", "3.15.*"),
 )

@@ -104,10 +104,11 @@ def behaviour_sequence() -> Program:
     x = Block(WIDTH)(TokenAndPosition(4, ITEMS, WIDTH)(seen))
     embedded = layers.Embedding(USERS + 1, WIDTH)(layers.StringLookup(vocabulary=names)(user))
     x = layers.Concatenate()([layers.Flatten()(x), layers.Flatten()(embedded)])
-    x = layers.LeakyReLU()(layers.BatchNormalization(synchronized=True)(layers.Dense(8)(x)))
+    # Two rows that are normalised by themselves would amplify rounding without bounds.
+    normalise = layers.BatchNormalization(epsilon=0.1, synchronized=True)
+    x = layers.LeakyReLU()(normalise(layers.Dense(8)(x)))
     model = keras.Model([seen, user], layers.Dense(1)(x))
     model.compile(
-        # Small steps: two rows that are normalised by themselves amplify rounding.
         keras.optimizers.Adagrad(0.01),
         loss=keras.losses.MeanSquaredError(),
         metrics=[keras.metrics.MeanAbsoluteError()],
