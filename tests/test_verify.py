@@ -101,6 +101,30 @@ def test_finds_nothing_where_nothing_is(name: str) -> None:
     assert bool(found.notes) == (name == "dropout")
 
 
+def deep(*layers: keras.layers.Layer) -> keras.Model:
+    """Normalising 7 rows again and again amplifies rounding beyond that of a shallow net."""
+    found = []
+    for _ in range(20):
+        normalise = keras.layers.BatchNormalization(synchronized=True, epsilon=1e-6)
+        found += [keras.layers.Dense(6), normalise, keras.layers.ReLU()]
+    return net(*found, *layers)
+
+
+def test_does_not_accuse_a_deep_net_of_rounding() -> None:
+    found = verified(deep())
+    assert found.equal, str(found)
+
+
+def test_looks_past_layers_that_talk_to_each_other() -> None:
+    """What follows a normalisation of all rows is compared on what that gives on all devices."""
+    found = verified(
+        net(keras.layers.BatchNormalization(synchronized=True), Spread(name="culprit"))
+    )
+    assert {(one.layer, one.kind) for one in found.differences} == {
+        ("culprit", findings.SEVERAL_ROWS)
+    }
+
+
 @pytest.mark.parametrize(
     ("layer", "kind"),
     [

@@ -53,7 +53,8 @@ class Outside:
     def values(self) -> list[tuple[str, bool, list[Any]]]:
         """What is in them now: words for a sentence, whether it is a table, and arrays."""
         return [
-            (name, isinstance(value, TABLES), _arrays(value)) for name, value in self._found.values()
+            (name, isinstance(value, TABLES), _arrays(value))
+            for name, value in self._found.values()
         ]
 
 

@@ -39,7 +39,10 @@ def first_difference(
     """
     shards = shard(inputs, towers)
     expected = _trail(template, inputs, training)
-    parts = [_trail(template, part, training) for part in shards.parts]
+    parts, start = [], 0
+    for part, rows in zip(shards.parts, map(int, shards.rows), strict=True):
+        parts.append(_trail(template, part, training, (expected, slice(start, start + rows))))
+        start += rows
     lengths = {len(trail) for trail in parts}
     if lengths != {len(expected)}:
         return None
@@ -60,13 +63,30 @@ def kind_of(layer: keras.layers.Layer) -> str:
     return findings.SEVERAL_ROWS
 
 
-def _trail(template: keras.Model, inputs: Any, training: bool) -> Trail:
+def _trail(
+    template: keras.Model,
+    inputs: Any,
+    training: bool,
+    whole: tuple[Trail, slice] | None = None,
+) -> Trail:
+    """What each layer returns.
+
+    Args:
+        template: The model.
+        inputs: What it is called with.
+        training: The argument of that name.
+        whole: The trail of the whole batch, and which of its rows these are: layers that see
+            all rows on several devices too get theirs from there. Defaults to none.
+    """
     trail: Trail = []
 
     def noting(
         layer: keras.layers.Layer, call: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         outputs = call(*args, **kwargs)
+        if whole is not None and getattr(layer, "synchronized", False):
+            expected, rows = whole
+            outputs = expected[len(trail)][1][0][rows]
         trail.append((layer, [leaf for leaf in tensors(outputs) if _is_eager(leaf)]))
         return outputs
 

@@ -67,6 +67,10 @@ class ModelState:
         for name, variable in self.variables().items():
             self._start.setdefault(name, (variable, np.array(_numpy(variable))))
 
+    def start(self) -> dict[str, np.ndarray]:
+        """The values that `restore` puts back."""
+        return {name: value for name, (_, value) in self._start.items()}
+
     def restore(self) -> None:
         """Puts every variable back to what it was when it was first seen."""
         for variable, value in self._start.values():
@@ -75,9 +79,13 @@ class ModelState:
             gradient.assign(tf.zeros_like(gradient))
 
     @contextlib.contextmanager
-    def perturbed(self) -> Iterator[None]:
-        """Inside, the state to start from has weights that are off by one rounding."""
-        start, random = dict(self._start), np.random.default_rng(1)
+    def perturbed(self, seed: int) -> Iterator[None]:
+        """Inside, the state to start from has weights that are off by one rounding.
+
+        Args:
+            seed: Int, says which are too large and which too small.
+        """
+        start, random = dict(self._start), np.random.default_rng(seed)
         for name, (variable, value) in start.items():
             if value.dtype.kind == "f" and getattr(variable, "trainable", False):
                 off = np.finfo(value.dtype).eps * random.choice([-1, 1], value.shape)
