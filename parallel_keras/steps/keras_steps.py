@@ -19,7 +19,7 @@ from parallel_keras.steps.building import (
     build_for_step,
     build_losses_and_metrics,
 )
-from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch
+from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch, StepResult
 from parallel_keras.steps.overriding import LEARNING, overridden_steps, overrides
 from parallel_keras.steps.penalties import Penalty, penalties, total
 from parallel_keras.towers import losses
@@ -29,8 +29,6 @@ from parallel_keras.towers.results import assign
 
 if TYPE_CHECKING:
     from parallel_keras.steps.runtime import Runtime
-    from parallel_keras.steps.step_results import StepResult
-    from parallel_keras.steps.wrapper import Wrapper
 
 Data = tuple[Any, Any, Any]
 Logs = dict[str, Any]
@@ -45,7 +43,7 @@ class Steps:
         base: Its class, of which it may be of a subclass with methods of its own.
     """
 
-    def __init__(self, model: Wrapper, runtime: Runtime, base: type[keras.Model]) -> None:
+    def __init__(self, model: keras.Model, runtime: Runtime, base: type[keras.Model]) -> None:
         self._model, self._runtime, self._base = model, runtime, base
 
     def run(self, flow: Callable[[LossStep, Data], Logs], data: Any, *, training: bool) -> Logs:

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
-from parallel_keras import _compat
+from parallel_keras import _compat, merge
 from parallel_keras.graphs.graph import hide_value
-from parallel_keras.graphs.outputs import are_by_rows, are_rows
+from parallel_keras.graphs.outputs import are_by_rows, are_rows, whole_outputs
 from parallel_keras.shard import Shards
-from parallel_keras.steps.step_results import LossResult, StepResult, TowerRun
+from parallel_keras.steps.loss_results import LossResult, TowerRun
 from parallel_keras.towers.call import as_call, takes_training
 from parallel_keras.towers.collectives import talking_to
 from parallel_keras.towers.losses import term_rule
 
 if TYPE_CHECKING:
+    from parallel_keras.towers.results import State
     from parallel_keras.towers.run import Towers
 
 
@@ -192,3 +193,65 @@ class LossStep:
                 weight = tf.sign(share) if added_up else share
                 loss += tf.cast(tf.reduce_sum(term), loss.dtype) * tf.cast(weight, loss.dtype)
         return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """A step as one, of what its towers returned.
+
+    Attributes:
+        step: The `LossStep`.
+        run: The `TowerRun`.
+        state: The merged new value of each variable that the model assigned.
+    """
+
+    step: LossStep
+    run: TowerRun
+    state: State
+
+    @property
+    def rows(self) -> Any:
+        """The rows of the batch."""
+        return self.run.shards.total
+
+    def loss(self) -> tf.Tensor:
+        """The loss of the whole batch, without weight regularisers."""
+        return tf.add_n([result.loss for result in self.run.results])
+
+    def gradients(self) -> list[Any]:
+        """The gradients of `loss()`, one for each trainable weight, where that lives."""
+        columns = list(zip(*[result.gradients for result in self.run.results], strict=True))
+        homes, weights = self.step.towers.homes, self.step.model.trainable_weights
+        found = []
+        for weight, column in zip(weights, columns, strict=True):
+            with tf.device(homes.of(weight)):
+                found.append(merge.total(column))
+        return found
+
+    def outputs(self) -> Any:
+        """The merged outputs; only if the towers do not count."""
+        parts, towers = [result.outputs for result in self.run.results], self.step.towers
+        given = towers.given(self.run.shards)
+        first = towers.workers.first
+        here = parts[first : first + len(given.counts)]
+        whole = whole_outputs(here, towers.rules, given) if len(parts) > 1 else ()
+        return merge.outputs(parts, self.run.shards, towers.rules, whole)
+
+    def update_counters(self) -> None:
+        """Adds what the towers counted to compiled metrics and loss trackers."""
+        model, results = self.step.model, self.run.results
+        for tracker, *values in zip(
+            _compat.loss_trackers(model), *[result.trackers for result in results], strict=True
+        ):
+            pairs = zip(values, self.run.scales, strict=True)
+            value = tf.add_n([value * tf.cast(scale, value.dtype) for value, scale in pairs])
+            # Keras weights this mean by the batch size where it is known while tracing.
+            weight = self.rows if isinstance(self.rows, int) else None
+            tracker.update_state(value, sample_weight=weight)
+        if not self.step.count:
+            return
+        trackers = {id(v) for m in _compat.loss_trackers(model) for v in m.variables}
+        counts = zip(*[result.counts for result in results], strict=True)
+        for counter, added in zip(self.step.counters(), counts, strict=True):
+            if id(counter) not in trackers:
+                counter.assign_add(merge.live_sum(added, self.run.shards.shares()))

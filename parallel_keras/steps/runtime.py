@@ -16,7 +16,6 @@ from parallel_keras.workers import servers
 from parallel_keras.workers.agreement import agree_on_state
 
 if TYPE_CHECKING:
-    from parallel_keras.steps.wrapper import Wrapper
     from parallel_keras.workers.connection import Workers
     from parallel_keras.workers.message import AnyWorkers
 
@@ -25,7 +24,7 @@ class Runtime:
     """Keeps the template built, its weights where they belong, and its towers traced for them.
 
     Args:
-        wrapper: The model that wraps the template.
+        wrapper: The `DataParallelModel`.
         workers: Those that it is on one of.
         cluster: The same if there are several, else `None`.
 
@@ -36,7 +35,7 @@ class Runtime:
         template_steps: Runs steps of the template's own.
     """
 
-    def __init__(self, wrapper: Wrapper, workers: AnyWorkers, cluster: Workers | None) -> None:
+    def __init__(self, wrapper: keras.Model, workers: AnyWorkers, cluster: Workers | None) -> None:
         self._wrapper = wrapper
         self.workers, self.cluster = workers, cluster
         self.agreed = False

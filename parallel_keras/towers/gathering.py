@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import keras
 import tensorflow as tf
 
 from parallel_keras.homes.messages import carried
@@ -11,8 +13,9 @@ from parallel_keras.shard import Shards
 from parallel_keras.towers.weights import value_of
 
 if TYPE_CHECKING:
+    from parallel_keras.homes.plan import Homes
     from parallel_keras.towers.results import State
-    from parallel_keras.towers.run import Towers
+    from parallel_keras.towers.state import StateRules
 
 # What towers return and is merged on the merge device, whatever else they return.
 _CONSTANT = "constant"
@@ -38,12 +41,21 @@ def brought(result: Any, device: str, merge_device: str, *, first: bool) -> Any:
 
 
 def merge_state(
-    towers: Towers, results: list[Any], weights: list[tf.Tensor], shards: Shards
+    rules: StateRules,
+    variables: Sequence[keras.Variable],
+    homes: Homes,
+    merge_device: str,
+    results: list[Any],
+    weights: list[tf.Tensor],
+    shards: Shards,
 ) -> State:
     """The merged new value of every variable that the towers assigned, on its home.
 
     Args:
-        towers: The `Towers`.
+        rules: Which variable is merged by which rule.
+        variables: Those that the numbers of the towers' updates stand for.
+        homes: Where they live.
+        merge_device: Where they are merged.
         results: What each tower of all workers returned.
         weights: The values of the template's variables before.
         shards: What the towers were given.
@@ -54,20 +66,16 @@ def merge_state(
     constant, states = results[0].constant, [result.state for result in results]
     if not states[0] and not constant:
         return []
-    variables, given, merge_device = (
-        towers.tower.variables,
-        dict(enumerate(weights)),
-        towers.merge_device,
-    )
-    homes = {index: towers.homes.of(variables[index]) for index in (*states[0], *constant)}
+    given = dict(enumerate(weights))
+    home_of = {index: homes.of(variables[index]) for index in (*states[0], *constant)}
     before = {
-        index: value_of(given.get(index), variables[index], homes[index]) for index in states[0]
+        index: value_of(given.get(index), variables[index], home_of[index]) for index in states[0]
     }
-    before = _carried_by_home(before, homes, merge_device, to_home=False)
+    before = _carried_by_home(before, home_of, merge_device, to_home=False)
     with tf.device(merge_device):
         shares = shards.shares() if len(results) > 1 else []
-        merged = towers.state_rules.merge(variables, before, states, constant, shares)
-    merged = _carried_by_home(merged, homes, merge_device, to_home=True)
+        merged = rules.merge(variables, before, states, constant, shares)
+    merged = _carried_by_home(merged, home_of, merge_device, to_home=True)
     return [(variables[index], value) for index, value in sorted(merged.items())]
 
 

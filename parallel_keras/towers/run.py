@@ -71,8 +71,8 @@ class Towers:
         self.homes = homes
         self.tower = Tower(template)
         loops, moving = self.tower.in_loops, self.tower.moving
-        self.state_rules = StateRules(template, loops, moving, rules)
-        synchronized = self.state_rules.synchronized
+        self._state_rules = StateRules(template, loops, moving, rules)
+        synchronized = self._state_rules.synchronized
         if synchronized:
             check_one_job(devices)
         # Keras chooses XLA by itself on GPUs; towers that talk to each other cannot have it.
@@ -116,7 +116,7 @@ class Towers:
     @property
     def talk(self) -> bool:
         """Whether towers talk to each other, and so must run at the same time."""
-        return self.state_rules.synchronized and not self.alone
+        return self._state_rules.synchronized and not self.alone
 
     def shard(self, batch: Any, *, fed_here: bool = False) -> Shards:
         """Cuts a batch, on the merge device.
@@ -252,7 +252,7 @@ class Towers:
         results = []
         for index, (device, part) in enumerate(zip(self.devices, shards.parts, strict=False)):
             number = self.workers.first + index
-            noting = self.state_rules.noting_scalars() if self._eager else contextlib.nullcontext()
+            noting = self._state_rules.noting_scalars() if self._eager else contextlib.nullcontext()
             with tf.device(device), naming_tower(number, device), noting:
                 told = hide_value(tf.constant(number)) if len(shards.rows) > 1 else None
                 function = self._functions.of(body, number, inline=inline)
@@ -283,12 +283,13 @@ class Towers:
 
     def merge_state(self, results: list[Any], weights: list[tf.Tensor], shards: Shards) -> State:
         """The merged new value of every variable that the towers assigned."""
-        return merge_state(self, results, weights, shards)
+        place = (self.tower.variables, self.homes, self.merge_device)
+        return merge_state(self._state_rules, *place, results, weights, shards)
 
     def _peers(self, shards: Shards) -> list[Peers | tf.Tensor | None]:
         """What joins the towers of one pass, or keeps them apart."""
         devices = self.devices[: len(shards.parts)]
-        workers, synchronized = self.workers, self.state_rules.synchronized
+        workers, synchronized = self.workers, self._state_rules.synchronized
         single = len(devices) == 1 and not (synchronized and workers.size > 1)
         if single or self._eager or self._functions.jit:
             return [None] * len(devices)
@@ -305,7 +306,7 @@ class Towers:
         `StateRules`. And towers that talk to each other must take the same steps: if
         some know their size, they compute the gradient of other things.
         """
-        rules = self.state_rules
+        rules = self._state_rules
         hidden = (rules.counts_rows or rules.synchronized) and not self._eager
         return hide_sizes(part) if hidden else part
 
