@@ -11,7 +11,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -21,6 +20,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import parallel_keras as pk
+from parallel_keras.measuring.clock import StepClock
 from parallel_keras.workers import cluster
 
 FLAGS = flags.FLAGS
@@ -30,17 +30,6 @@ flags.DEFINE_integer("batch", 64, "Rows of the whole batch.", lower_bound=1)
 flags.DEFINE_boolean("worker", False, "Whether this is one of the two processes.")
 WARM_UP = 5
 WORKERS = 2
-
-
-class Clock(keras.callbacks.Callback):
-    """Notes when each step ends."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ends: list[float] = []
-
-    def on_train_batch_end(self, batch: int, logs: object = None) -> None:
-        self.ends.append(time.perf_counter())
 
 
 def build(units: int) -> keras.Model:
@@ -59,9 +48,9 @@ def step_seconds(model: keras.Model, rows: int) -> float:
     data = tf.data.Dataset.from_tensors((x, y)).repeat(FLAGS.steps + WARM_UP)
     options = tf.data.Options()
     options.autotune.enabled = False
-    clock = Clock()
+    clock = StepClock()
     model.fit(data.with_options(options), verbose=0, callbacks=[clock])
-    return statistics.median(np.diff(clock.ends)[WARM_UP - 1 :])
+    return statistics.median(clock.seconds()[WARM_UP - 1 :])
 
 
 def worker() -> None:

@@ -26,15 +26,20 @@ def rows(count: int, *shape: int, seed: int = 0) -> np.ndarray:
     return rng(seed).normal(size=(count, *shape)).astype("float32")
 
 
-def batches(sizes: Sequence[int], *arrays: np.ndarray) -> tf.data.Dataset:
-    """A dataset of batches of these sizes, of which TensorFlow knows no size while tracing."""
+def batches(sizes: Sequence[int], *arrays: Any) -> tf.data.Dataset:
+    """A dataset of batches of these sizes, of which TensorFlow knows no size while tracing.
+
+    Arrays may stand in nests.
+    """
     starts = np.concatenate([[0], np.cumsum(sizes)])
 
     def generate() -> Any:
         for start, size in zip(starts, sizes, strict=False):
-            yield tuple(array[start : start + size] for array in arrays)
+            yield tf.nest.map_structure(lambda a, s=start, n=size: a[s : s + n], arrays)
 
-    signature = tuple(tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in arrays)
+    signature = tf.nest.map_structure(
+        lambda a: tf.TensorSpec((None, *a.shape[1:]), a.dtype), arrays
+    )
     dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
     return dataset.apply(tf.data.experimental.assert_cardinality(len(sizes)))
 

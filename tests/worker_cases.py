@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 import parallel_keras as pk
+from tests.parity import batches, rows
 
 Numbers = dict[str, np.ndarray]
 CASES: dict[str, Callable[..., Numbers]] = {}
@@ -39,28 +40,6 @@ def numbers(model: keras.Model, history: Any = None, **more: Any) -> Numbers:
     if history is not None:
         found |= {f"history {key}": np.array(value) for key, value in history.history.items()}
     return found | {key: np.asarray(value) for key, value in more.items()}
-
-
-def batches(sizes: list[int], *arrays: Any) -> tf.data.Dataset:
-    """Batches of these sizes, of which TensorFlow knows none while tracing."""
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-
-    def generate() -> Any:
-        for start, size in zip(starts, sizes, strict=False):
-            yield tuple(
-                tf.nest.map_structure(lambda a, s=start, n=size: a[s : s + n], array)
-                for array in arrays
-            )
-
-    signature = tf.nest.map_structure(
-        lambda a: tf.TensorSpec((None, *a.shape[1:]), a.dtype), tuple(arrays)
-    )
-    dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
-    return dataset.apply(tf.data.experimental.assert_cardinality(len(sizes)))
-
-
-def rows(count: int, *shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(count, *shape)).astype("float32")
 
 
 def labels(count: int, classes: int, seed: int = 1) -> np.ndarray:
