@@ -283,8 +283,8 @@ class Towers:
 
     def merge_state(self, results: list[Any], weights: list[tf.Tensor], shards: Shards) -> State:
         """The merged new value of every variable that the towers assigned."""
-        place = (self.tower.variables, self.homes, self.merge_device)
-        return merge_state(self._state_rules, *place, results, weights, shards)
+        rules, variables, device = self._state_rules, self.tower.variables, self.merge_device
+        return merge_state(rules, variables, self.homes, device, results, weights, shards)
 
     def _peers(self, shards: Shards) -> list[Peers | tf.Tensor | None]:
         """What joins the towers of one pass, or keeps them apart."""
