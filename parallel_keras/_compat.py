@@ -17,6 +17,7 @@ from keras.src import backend as _backend
 from keras.src.utils import io_utils as _io_utils
 from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
 from tensorflow.python.eager import context as _context
+from tensorflow.python.eager import record as _record
 from tensorflow.python.eager.polymorphic_function import autograph_util as _autograph
 from tensorflow.python.framework import auto_control_deps_utils as _control_deps
 from tensorflow.python.framework import none_tensor as _none_tensor
@@ -71,6 +72,14 @@ def in_stateless_scope() -> bool:
 def stateless_scope() -> Any:
     """The `keras.StatelessScope` that is open, or `None`; see `in_stateless_scope`."""
     return _backend.common.stateless_scope.get_stateless_scope()
+
+
+def may_be_recorded() -> bool:
+    """Whether there is a tape that records now, whatever it watches.
+
+    Goes when there is a public way to ask.
+    """
+    return bool(_record.could_possibly_record())
 
 
 def gradient_order(tensors: list[Any]) -> int:

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
+from parallel_keras.towers import collectives
 from tests.parity import Waits, rows
 
 Device = collections.namedtuple("Device", ["name", "device_type"])
@@ -178,15 +179,22 @@ def test_the_step_is_traced_once_for_each_kind_of_batch(
 
     monkeypatch.setattr(pk.DataParallelModel, "train_step", counting)
     x, y = rows(33, 6), rows(33, 3)
-    known = tf.data.Dataset.from_tensor_slices((x, y)).batch(16, drop_remainder=True)
-    # A full batch of known size, and one of unknown size that serves as the tail too.
-    for data in ({"x": known}, {"x": x, "y": y, "batch_size": 16}):
+
+    def compiled() -> pk.DataParallelModel:
+        monkeypatch.setattr(collectives, "_TOKENS", {})  # as in the first step of a process
+        traces.clear()
         template = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
         parallel = pk.DataParallelModel(template, 8, loss_on=loss_on)
         parallel.compile("adam", "mse", metrics=["mae"])
-        traces.clear()
-        parallel.fit(**data, epochs=2, verbose=0, shuffle=False)
+        return parallel
+
+    known = tf.data.Dataset.from_tensor_slices((x, y)).batch(16, drop_remainder=True)
+    # A full batch of known size, and one of unknown size that serves as the tail too.
+    for data in ({"x": known}, {"x": x, "y": y, "batch_size": 16}):
+        compiled().fit(**data, epochs=2, verbose=0, shuffle=False)
         assert len(traces) == 1
+    compiled().train_on_batch(x, y)
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize("stateful", [False, True])

@@ -6,11 +6,14 @@ deep model that doubles the time to the first step.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from parallel_keras import _compat
@@ -43,12 +46,35 @@ def before_first_step(
 
     def step(iterator: Any) -> Any:
         nonlocal built
-        if not built and isinstance(iterator, tf.data.Iterator):
-            build(iterator.element_spec)
+        if not built:
+            spec, iterator = _with_spec(iterator)
+            if spec is not None:
+                build(spec)
         built = True
         return function(iterator)
 
     return step
+
+
+def _with_spec(iterator: Any) -> tuple[Any, Any]:
+    """The spec of what an iterator gives, `None` if that is not known, and the same iterator."""
+    if isinstance(iterator, tf.data.Iterator):
+        return iterator.element_spec, iterator
+    if not isinstance(iterator, Iterator):
+        return None, iterator
+    first = list(itertools.islice(iterator, 1))
+    whole = itertools.chain(first, iterator)
+    arrays = [leaf for leaf in keras.tree.flatten(first) if leaf is not None]
+    if not arrays or not all(isinstance(leaf, (tf.Tensor, np.ndarray)) for leaf in arrays):
+        return None, whole
+    return keras.tree.map_structure(_spec_of_any_rows, first[0]), whole
+
+
+def _spec_of_any_rows(array: Any) -> tf.TensorSpec | None:
+    if array is None:
+        return None
+    shape = [None, *array.shape[1:]] if len(array.shape) else []
+    return tf.TensorSpec(shape, tf.as_dtype(array.dtype))
 
 
 def build_template(template: keras.Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -114,19 +140,36 @@ def build_for_step(model: keras.Model, spec: Any, *, training: bool) -> None:
 def _build_optimizer(optimizer: keras.optimizers.Optimizer, variables: list[Any]) -> None:
     """Makes the optimizer's variables as the first trace of a step would.
 
-    What an optimizer assigns while it is built is part of the traced step, which is thrown
-    away. `ScheduleFreeAdamW` does so: built outside of a trace, it would take other steps.
+    Not in a trace: that takes ten times as long, as much as a deep model does. But what an
+    optimizer assigns while it is built is part of the traced step, which is thrown away, so it
+    is left out here. `ScheduleFreeAdamW` assigns so, and would take other steps.
     """
-    traced: list[bool] = []
+    with contextlib.ExitStack() as stack:
 
-    def build() -> None:
-        if not traced:  # TensorFlow traces again what made variables.
-            # By its path a variable is found in a legacy file: as where a step makes it.
-            with keras.name_scope(optimizer.name, caller=optimizer):
-                optimizer.build(variables)
-        traced.append(True)
+        def make(next_creator: Callable[..., tf.Variable], **kwargs: Any) -> tf.Variable:
+            variable = next_creator(**kwargs)
+            stack.enter_context(_unassigned(variable))
+            return variable
 
-    tf.function(build, autograph=False).get_concrete_function()
+        for known in (*variables, *optimizer.variables):
+            stack.enter_context(_unassigned(known.value))
+        stack.enter_context(tf.variable_creator_scope(make))
+        # By its path a variable is found in a legacy file: as where a step makes it.
+        stack.enter_context(keras.name_scope(optimizer.name, caller=optimizer))
+        optimizer.build(variables)
+
+
+@contextlib.contextmanager
+def _unassigned(variable: tf.Variable) -> Iterator[None]:
+    """Inside, a variable keeps its value, whatever is assigned to it."""
+    names = ("assign", "assign_add", "assign_sub")
+    for name in names:  # In the object, where Python finds it before the class.
+        setattr(variable, name, lambda *_, **__: variable)
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(variable).pop(name, None)
 
 
 def build_losses_and_metrics(model: keras.Model, data: tuple[Any, Any, Any]) -> None:

@@ -81,6 +81,8 @@ class Calls:
 
     def _order(self, call: Call) -> int:
         """How often what a call gives may be differentiated; outside of graphs that is known."""
+        if not _compat.may_be_recorded():  # Reading all weights to ask of each takes time.
+            return 0
         towers = self.towers()
         variables = towers.template.variables
         weights = [

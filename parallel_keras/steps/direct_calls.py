@@ -69,8 +69,7 @@ class DirectCalls:
         if self._untraceable:
             return self._run(towers.untraced(), flow, call, training, order)
         try:
-            function = self._function(towers, call, training, order)
-            return function(flow, call, training, order)
+            return self._function(towers, flow, call, training, order)(call)
         except tf.errors.OpError:
             raise
         except Exception as error:
@@ -87,13 +86,13 @@ class DirectCalls:
             return merged
 
     def _function(
-        self, towers: Towers, call: Call, training: Any, order: int
+        self, towers: Towers, flow: Any, call: Call, training: Any, order: int
     ) -> Callable[..., Merged]:
         """A function that was traced when Python said what it says now, or one to be traced."""
         if self._made_for is not towers:
             self._made_for = towers
             self._traced.clear()
-        kind = python_state.kind(call), training, order
+        kind = python_state.kind(call), flow, training, order
         attributes = python_state.attributes(towers.template)
         known = self._traced.get(kind)
         if known is not None and attributes is not None and attributes == known.attributes:
@@ -105,7 +104,8 @@ class DirectCalls:
             known.attributes = attributes
             return known.function
 
-        def run(flow: Any, call: Call, training: Any, order: int) -> Merged:
+        # What the kind tells is not given as arguments: TensorFlow would compare it at each call.
+        def run(call: Call) -> Merged:
             return self._run(self._towers(), flow, call, training, order)
 
         function = tf.function(run, autograph=False, reduce_retracing=True)

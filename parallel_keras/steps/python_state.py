@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import re
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
@@ -74,43 +76,91 @@ def attributes(model: keras.Model) -> Attributes | None:
     return found if all(_collect(layer, found, seen) for layer in layers) else None
 
 
-def _collect(value: Any, found: Attributes, seen: set[int]) -> bool:
-    """Adds an object; `False` if it cannot be known what it does."""
-    if isinstance(value, _PLAIN):
-        found.values.append((type(value), value))
-        return True
-    found.values.append(id(value))
-    if id(value) in seen:
-        return True
-    seen.add(id(value))
-    found.held.append(value)
-    children = _children(value, found)
-    return children is not None and all(_collect(child, found, seen) for child in children)
+def _collect(root: Any, found: Attributes, seen: set[int]) -> bool:
+    """Adds an object and all that it holds; `False` if it cannot be known what one of them does."""
+    waiting = [root]
+    while waiting:
+        value = waiting.pop()
+        # Containers that TensorFlow tracks stand for a dict or list, and say so.
+        children = _CHILDREN[_kind(value.__class__)]
+        if children is None:
+            found.values.append((type(value), value))
+            continue
+        found.values.append(id(value))
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        found.held.append(value)
+        held = children(value, found.values)
+        if held is None:
+            return False
+        waiting.extend(held)
+    return True
 
 
-def _children(value: Any, found: Attributes) -> list[Any] | None:
-    """What an object holds; `None` if it cannot be known what it does."""
-    if isinstance(value, types.FunctionType):
-        return [] if _is_of_keras(value) and not value.__closure__ else None
-    if isinstance(value, np.ndarray):
-        small = value.nbytes <= _LARGEST_ARRAY
-        found.values.append(value.tobytes() if small else None)
-        return [] if small and value.dtype != object else None
-    if isinstance(value, dict):
-        found.values.extend(map(str, value))
-        return list(value.values())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        found.values.append(len(value))
-        return list(value)
-    if isinstance(value, _BY_IDENTITY) or not _is_of_keras(type(value)):
-        return [] if isinstance(value, _BY_IDENTITY) else None
-    items = [
-        (name, item)
-        for name, item in getattr(value, "__dict__", {}).items()
+# Asked for each attribute at each call, and what numpy and TensorFlow answer takes time.
+@functools.lru_cache(maxsize=4096)
+def _kind(of: type) -> str:
+    """How a value of a type is compared: the name of one of `_CHILDREN`."""
+    kinds: dict[str, Any] = {
+        "plain": _PLAIN,
+        "function": types.FunctionType,
+        "array": np.ndarray,
+        "dict": dict,
+        "items": (list, tuple, set, frozenset),
+        "itself": _BY_IDENTITY,
+    }
+    for name, types_ in kinds.items():
+        if issubclass(of, types_):
+            return name
+    return "object" if _is_of_keras(of) else "unknown"
+
+
+def _of_function(value: Any, _: list[Any]) -> list[Any] | None:
+    return [] if _is_of_keras(value) and not value.__closure__ else None
+
+
+def _of_array(value: Any, values: list[Any]) -> list[Any] | None:
+    small = value.nbytes <= _LARGEST_ARRAY
+    values.append(value.tobytes() if small else None)
+    return [] if small and value.dtype != object else None
+
+
+def _of_dict(value: Any, values: list[Any]) -> list[Any] | None:
+    values.extend(map(str, value))
+    return list(value.values())
+
+
+def _of_items(value: Any, values: list[Any]) -> list[Any] | None:
+    values.append(len(value))
+    return list(value)
+
+
+def _of_object(value: Any, values: list[Any]) -> list[Any] | None:
+    attributes = getattr(value, "__dict__", None)
+    if attributes is None:
+        return None
+    names = [
+        name
+        for name in attributes
         if name not in _PASSED_OVER and not name.startswith(_OF_CHECKPOINTS)
     ]
-    found.values.extend(name for name, _ in items)
-    return [item for _, item in items] if hasattr(value, "__dict__") else None
+    values.extend(names)
+    return [attributes[name] for name in names]
+
+
+# For each kind a function from a value, and what is compared, to what the value holds, which is
+# `None` if it cannot be known what it does. What is plain is compared as it is.
+_CHILDREN: dict[str, Callable[[Any, list[Any]], list[Any] | None] | None] = {
+    "plain": None,
+    "function": _of_function,
+    "array": _of_array,
+    "dict": _of_dict,
+    "items": _of_items,
+    "itself": lambda *_: [],
+    "object": _of_object,
+    "unknown": lambda *_: None,
+}
 
 
 def _is_of_keras(thing: Any) -> bool:

@@ -17,7 +17,7 @@ _FIRST_GROUP = 7_700_000
 _GROUP_OF_WORKERS = 7_699_999
 _PASSES = itertools.count(1)
 _REDUCTIONS_A_PASS = 2048
-_TOKENS: dict[str, tf.Variable] = {}
+_TOKENS: dict[str, tf.Tensor] = {}
 
 
 class Peers(NamedTuple):
@@ -52,9 +52,10 @@ def _keys(devices: tuple[str, ...], others: int = 0) -> tuple[tf.Tensor, tf.Tens
 
 
 def make_tokens(devices: Sequence[str]) -> None:
-    """Makes a variable on each device, whose handle `token` gives.
+    """Makes a resource on each device, whose handle `token` gives.
 
-    A variable that is made while a step is traced makes TensorFlow trace it again.
+    Not by `tf.Variable`: TensorFlow notices one that is made while it traces a step, wherever it
+    is made, and traces the step again.
 
     Args:
         devices: Sequence of device names.
@@ -62,7 +63,11 @@ def make_tokens(devices: Sequence[str]) -> None:
     for device in devices:
         if device not in _TOKENS:
             with tf.init_scope(), tf.device(device):
-                _TOKENS[device] = tf.Variable(0.0, trainable=False, name="tower_token")
+                handle = tf.raw_ops.VarHandleOp(
+                    dtype=tf.float32, shape=[], shared_name="parallel_keras_tower_token"
+                )
+                tf.raw_ops.AssignVariableOp(resource=handle, value=tf.constant(0.0))
+                _TOKENS[device] = handle
 
 
 def token(device: str) -> tf.Tensor:
@@ -78,7 +83,7 @@ def token(device: str) -> tf.Tensor:
         A resource tensor of shape `()`.
     """
     with tf.device(device):
-        return tf.identity(_TOKENS[device].handle)
+        return tf.identity(_TOKENS[device])
 
 
 def meet(devices: tuple[str, ...], rows: Sequence[Any], others: int, timeout: float) -> list[Peers]:
