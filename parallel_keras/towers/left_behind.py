@@ -14,6 +14,7 @@ from parallel_keras.towers.reachable import (
     changed,
     children,
     functions_of,
+    holds_nothing,
     is_container,
     is_tensor,
     restored,
@@ -113,6 +114,9 @@ def _before(
     seen.add(id(value))
     held = {}
     for name, child in inside.items():
+        if holds_nothing(child):
+            held[name] = child
+            continue
         if is_tensor(child):
             old[id(child)] = child
         further = None if depth == _DEPTH or id(child) in seen else children(child)
@@ -122,6 +126,8 @@ def _before(
 
 def _tensors(path: str, value: Any, seen: set[int], depth: int = 0) -> Iterator[tuple[str, Any]]:
     """The tensors that are new."""
+    if holds_nothing(value):
+        return
     if is_tensor(value):
         if id(value) not in seen:
             yield path, value

@@ -25,18 +25,32 @@ _LIBRARIES = frozenset({*sys.stdlib_module_names, "keras", "numpy", "parallel_ke
 _IN_PLACE = (list, dict, collections.deque)
 # Stands for something that was not there.
 ABSENT = object()
+# Most of what layers have is of few classes, and TensorFlow is slow to say what is a tensor.
+_HOLD_NOTHING: MutableMapping[type, bool] = weakref.WeakKeyDictionary()
 _FROM_TEXT: MutableMapping[str, Any] = {}
 _FROM_TEXT_WHILE_ALIVE: MutableMapping[str, Any] = weakref.WeakValueDictionary()
 
 
 def is_tensor(value: Any) -> bool:
     """Whether a value is a tensor, and no variable."""
+    if isinstance(value, (dict, list, tuple)):  # TensorFlow takes much longer to say so.
+        return False
     return tf.is_tensor(value) and not isinstance(value, (tf.Variable, keras.Variable))
 
 
 def is_container(value: Any) -> bool:
     """Whether a value is a container."""
     return isinstance(value, (Mapping, list, tuple, collections.deque))
+
+
+def holds_nothing(value: Any) -> bool:
+    """Whether a value is no tensor and can hold none, which its class tells."""
+    kind = value.__class__  # What TensorFlow has wrapped says what it stands for.
+    if kind not in _HOLD_NOTHING:
+        wraps = isinstance(value, types.FunctionType) or hasattr(value, "python_function")
+        holds = wraps or is_container(value) or tf.is_tensor(value) or is_plain(value)
+        _HOLD_NOTHING[kind] = isinstance(value, keras.Variable) or not holds
+    return _HOLD_NOTHING[kind]
 
 
 def children(value: Any) -> dict[str, Any] | None:
@@ -48,12 +62,12 @@ def children(value: Any) -> dict[str, Any] | None:
     Returns:
         A dict, or `None` for what holds nothing.
     """
-    if tf.is_tensor(value):
-        return None
     if isinstance(value, Mapping):
         return {_text(key): item for key, item in value.items()}
     if isinstance(value, (list, tuple, collections.deque)):
         return {str(index): item for index, item in enumerate(value)}
+    if tf.is_tensor(value):
+        return None
     function = _function(value)
     if function is not None:
         return dict(_variables(function))
