@@ -5,8 +5,10 @@ Run as `python -m benchmarks.graph`; prints JSON.
 
 from __future__ import annotations
 
+import collections
 import json
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -14,9 +16,12 @@ import tensorflow as tf
 
 import parallel_keras as pk
 from benchmarks.workloads import next_word
+from parallel_keras.explaining.traffic import traffic
+from parallel_keras.homes import links
+from parallel_keras.homes.plan import size_of
 from parallel_keras.measuring.runner import prepare
 
-ROWS, TOWERS = 16, 2
+ROWS, TOWERS, SPREAD_OVER = 16, 2, 8
 MERGE, DEVICES = "/device:CPU:0", ["/device:CPU:1", "/device:CPU:2"]
 # Outputs grow with both numbers, weights with the second only.
 SIZES = ((16, 8192), (32, 8192), (64, 8192), (64, 1024), (64, 2048), (64, 4096))
@@ -110,13 +115,40 @@ def traces() -> dict[str, int]:
     return {"step": parallel.traces, "template": counting.traces}
 
 
+def spread() -> dict[str, Any]:
+    """Xception with its weights spread over devices that are taken to be behind links.
+
+    Returns:
+        The tensors into the device that gets most in a step, and the bytes that Adam keeps on each.
+    """
+    devices = [f"/device:CPU:{1 + tower}" for tower in range(SPREAD_OVER)]
+    model = keras.applications.Xception(weights=None, input_shape=(71, 71, 3), classes=10)
+    with mock.patch.object(links, "is_gpu", bool):
+        parallel = pk.DataParallelModel(model, devices, merge_device=MERGE, weights_on="spread")
+        parallel.compile("adam", "sparse_categorical_crossentropy")
+        parallel.optimizer.build(parallel.trainable_variables)
+        parallel.make_train_function()  # slots go beside their weights
+        specs = tf.TensorSpec((SPREAD_OVER, 71, 71, 3)), tf.TensorSpec((SPREAD_OVER,), "int32")
+        step = tf.function(parallel.train_step, autograph=False)
+        graph = step.get_concrete_function(specs).graph
+    found = traffic(graph, parallel.homes.handles(), MERGE)
+    state = collections.Counter()
+    for variable in parallel.optimizer.variables:
+        state[parallel.homes.of(variable)] += size_of(variable)
+    return {
+        "messages": max(map(found.messages_into, found.devices)),
+        "state": [state[device] for device in devices],
+    }
+
+
 def main() -> None:
     """Prints everything."""
-    prepare(TOWERS + 1)
+    prepare(SPREAD_OVER + 1)
     bytes_ = {
         loss_on: [large_outputs(*size, loss_on) for size in SIZES] for loss_on in ("auto", "merged")
     }
-    print(json.dumps({"towers": TOWERS, "bytes": bytes_, "traces": traces()}))
+    counted = {"traces": traces(), "spread": spread()}
+    print(json.dumps({"towers": TOWERS, "bytes": bytes_, **counted}))
 
 
 if __name__ == "__main__":

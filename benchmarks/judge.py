@@ -13,7 +13,10 @@ from parallel_keras.measuring.clock import Spread, ratios
 
 Results = dict[str, Any]
 
-TRAIN_BAR, PREDICT_BAR = 1.85, 1.9
+TRAIN_BAR, PREDICT_BAR, LARGE_OUTPUT_BAR = 1.85, 1.9, 1.7
+HALF_BAR = 0.95
+BESIDE_HALF = (("train", "encoder"), ("predict", "xception"), ("predict", "encoder"))
+SPREAD_BAR, MESSAGES_BAR, STATE_BAR = 1.03, 120, 1.3
 CLEARLY_FASTER, CLEARLY_FASTER_ON = 1.5, 4
 OVERHEAD_BAR, START_BAR, MEMORY_BAR, TRACES_BAR, GROWTH_BAR = 1.03, 1.5, 0.4, 2, 0.02
 # Sparse gradients of the embedding and the batch itself grow with the tokens, a little.
@@ -28,8 +31,12 @@ def rows(results: Results) -> list[Row]:
         _speed_up(results, "train", "words", None),
         *(_limit(results, "train", name) for name in SPEED_UP_OF),
         *(_speed_up(results, "predict", name, PREDICT_BAR) for name in SPEED_UP_OF),
-        _speed_up(results, "predict", "words", None),
+        _speed_up(results, "predict", "words", LARGE_OUTPUT_BAR),
         *(_limit(results, "predict", name) for name in SPEED_UP_OF),
+        *(_beside_half(results, command, name) for command, name in BESIDE_HALF),
+        *(_spread(results, name) for name in BESIDE_MIRRORED),
+        _messages(results),
+        _state(results),
         *(_beside_mirrored(results, name) for name in BESIDE_MIRRORED),
         _clearly_faster(results),
         _overhead(results),
@@ -100,6 +107,47 @@ def _limit(results: Results, command: str, workload: str) -> Row:
     measure = f"{verb}, the bare model on half the rows, a limit of 2 towers: {ABOUT[workload]}"
     spread = limit(results, workload, command)
     return Row(measure, text(spread) if spread else "not measured", "", None)
+
+
+def _beside_half(results: Results, command: str, workload: str) -> Row:
+    verb = "Training" if command == "train" else "Predicting"
+    measure = f"{verb}, 2 towers beside the bare model on half the rows: {ABOUT[workload]}"
+    bar = f">= {HALF_BAR}"
+    measured = results.get("speed", {}).get(workload, {}).get(command, {})
+    if not {"ours-2", "half-1"} <= set(measured):
+        return not_measured(measure, bar)
+    found = ratios(measured["half-1"]["seconds"], measured["ours-2"]["seconds"])
+    return Row(measure, text(found), bar, found.median >= HALF_BAR)
+
+
+def _spread(results: Results, workload: str) -> Row:
+    measure = f'Step on 2 devices, weights_on="spread" beside "unmoved": {ABOUT[workload]}'
+    bar = f"<= {SPREAD_BAR}"
+    measured = results.get("speed", {}).get(workload, {}).get("train", {})
+    if not {"ours-2", "spread-2"} <= set(measured):
+        return not_measured(measure, bar)
+    found = ratios(measured["spread-2"]["seconds"], measured["ours-2"]["seconds"])
+    return Row(measure, text(found), bar, found.median <= SPREAD_BAR)
+
+
+def _messages(results: Results) -> Row:
+    measure = "Tensors into one device in a step of Xception on 8 devices behind links"
+    found = (results.get("graph") or {}).get("spread")
+    if not found:
+        return not_measured(measure, f"<= {MESSAGES_BAR}")
+    most = found["messages"]
+    return Row(measure, str(most), f"<= {MESSAGES_BAR}", most <= MESSAGES_BAR)
+
+
+def _state(results: Results) -> Row:
+    measure = (
+        "Optimizer state (Adam, Xception, 8 devices) on the device with most, in shares of 1/8"
+    )
+    found = (results.get("graph") or {}).get("spread")
+    if not found:
+        return not_measured(measure, f"<= {STATE_BAR}")
+    share = 8 * max(found["state"]) / sum(found["state"])
+    return Row(measure, f"{share:.2f}", f"<= {STATE_BAR}", share <= STATE_BAR)
 
 
 def _beside_mirrored(results: Results, workload: str) -> Row:

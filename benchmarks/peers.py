@@ -23,6 +23,11 @@ def ours(make: Make, devices: Sequence[str]) -> keras.Model:
     return pk.DataParallelModel(make(), list(devices))
 
 
+def spread(make: Make, devices: Sequence[str]) -> keras.Model:
+    """The same, with each weight on one of the devices."""
+    return pk.DataParallelModel(make(), list(devices), weights_on="spread")
+
+
 def mirrored(make: Make, devices: Sequence[str]) -> keras.Model:
     """The model under `tf.distribute.MirroredStrategy`, as its guide shows."""
     with tf.distribute.MirroredStrategy(list(devices)).scope():
@@ -31,4 +36,4 @@ def mirrored(make: Make, devices: Sequence[str]) -> keras.Model:
 
 # The bare model on half of the rows: what each of two towers has to do, with nothing to share.
 HALF = "half"
-PEERS = {"bare": bare, HALF: bare, "ours": ours, "mirrored": mirrored}
+PEERS = {"bare": bare, HALF: bare, "ours": ours, "spread": spread, "mirrored": mirrored}

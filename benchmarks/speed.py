@@ -32,7 +32,7 @@ def contenders(workload: str, settings: Settings) -> dict[str, dict[str, Any]]:
     if workload in SPEED_UP_OF:
         who.insert(1, (HALF, 1))
     if workload in BESIDE_MIRRORED:
-        who.append(("mirrored", 2))
+        who += [("spread", 2), ("mirrored", 2)]
     return {
         key(peer, devices): {
             "workload": workload,

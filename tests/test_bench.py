@@ -297,6 +297,7 @@ def results() -> dict[str, Any]:
         half_1=[0.5, 0.53, 0.6],
         ours_1=[1.0] * 3,
         ours_2=[0.5, 0.54, 0.55],
+        spread_2=[0.5, 0.54, 0.55],
         ours_4=[0.5] * 3,
         mirrored_2=[0.8, 0.9, 1.0],
     )
@@ -320,6 +321,7 @@ def results() -> dict[str, Any]:
             "towers": 2,
             "bytes": {"auto": bytes_, "merged": bytes_},
             "traces": {"step": 2, "template": 2},
+            "spread": {"messages": 121, "state": [1, 1, 1, 1, 1, 1, 1, 1.2]},
         },
         "start": {
             "bare-1": start,
@@ -358,6 +360,15 @@ def test_the_bars(results: dict[str, Any]) -> None:
     assert verdict[limit] == "-"
     predicting = limit.replace("Training", "Predicting")
     assert found[f"{predicting}: CNN 32x32, batch 128"].figure == "not measured"
+    half = "2 towers beside the bare model on half the rows"
+    assert (verdict[f"Training, {half}"], verdict[f"Predicting, {half}"]) == ("pass", "-")
+    assert verdict['Step on 2 devices, weights_on="spread" beside "unmoved"'] == "pass"
+    behind_links = "Tensors into one device in a step of Xception on 8 devices behind links"
+    assert (verdict[behind_links], found[behind_links].figure) == ("short", "121")
+    state = next(row for measure, row in found.items() if measure.startswith("Optimizer state"))
+    assert (state.verdict, state.figure) == ("pass", "1.17")
+    words = next(row for m, row in found.items() if m.startswith("Predicting, 2") and "8k" in m)
+    assert (words.verdict, words.bar) == ("pass", ">= 1.7")
     assert verdict["Of these, at least 1.5 times as fast"] == "pass"
     assert verdict["Step of the wrapper on one device beside the bare model"] == "pass"
     assert verdict["Time to the first training step of Xception, 8 towers beside 1"] == "short"
