@@ -28,6 +28,7 @@ from parallel_keras.towers.collectives import one_replica
 from parallel_keras.towers.results import assign
 
 if TYPE_CHECKING:
+    from parallel_keras.steps.loss_on_merged import Recording
     from parallel_keras.steps.runtime import Runtime
 
 Data = tuple[Any, Any, Any]
@@ -84,9 +85,7 @@ class Steps:
             outputs = runtime.template_steps.run("predict_step", self._whole_batch(data))
             return runtime.workers.own_rows(outputs, data)
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        if not model.template.built:
-            runtime.build((x,), {})
-        with runtime.calls.record(None):
+        with self._recorded(None, x):
             outputs = model(self._whole_batch(x), **self._phase(training=False))
             return runtime.workers.own_rows(outputs, x)
 
@@ -201,7 +200,7 @@ class Steps:
     def _train_on_merged(self, data: Any) -> dict[str, Any]:
         """A training step whose loss is computed from the merged outputs."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        with tf.GradientTape() as tape, self._runtime.calls.record(tape) as recording:
+        with tf.GradientTape() as tape, self._recorded(tape, x) as recording:
             y_pred = self._model(x, **self._phase(training=True))
             inner = recording.penalties.watching(self._model.trainable_weights)
             with tf.device(self._model.merge_device), inner:
@@ -216,7 +215,7 @@ class Steps:
     def _test_on_merged(self, data: Any) -> dict[str, Any]:
         """A test step whose loss is computed from the merged outputs."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        with self._runtime.calls.record(None) as recording:
+        with self._recorded(None, x) as recording:
             y_pred = self._model(x, **self._phase(training=False))
         inner = recording.penalties.watching(self._model.trainable_weights)
         with tf.device(self._model.merge_device):
@@ -224,6 +223,14 @@ class Steps:
                 loss = self._loss(x, y, y_pred, sample_weight, training=False)
             self._track(loss, recording.rows)
             return self._model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _recorded(
+        self, tape: tf.GradientTape | None, x: Any
+    ) -> contextlib.AbstractContextManager[Recording]:
+        """The first call inside is the step's forward pass; the template has its weights then."""
+        if not self._model.template.built:
+            self._runtime.build((x,), {})
+        return self._runtime.calls.record(tape)
 
     def _once_there(self, data: Any) -> contextlib.AbstractContextManager[Any]:
         """Inside, nothing is done before the data is there; it matters where XLA is asked for.
