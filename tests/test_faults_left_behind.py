@@ -253,3 +253,76 @@ def test_what_call_leaves_anywhere(eager: bool) -> None:
     x, y = rows(7, 3), rows(7, 2)
     bare, parallel = pair(ReadsAnywhere, 3, optimizer="adam", loss="mse", run_eagerly=eager)
     assert_same_fit(bare, parallel, x, y, batch_size=4, epochs=2)
+
+
+class LeavesNumbers(Encoder):
+    """Leaves single numbers, each of another kind."""
+
+    def call(self, x: Any) -> Any:
+        self.hidden = self.dense(x)
+        size = tf.shape(x)[0]
+        self.rows, self.mean = size, tf.reduce_mean(self.hidden)
+        self.named["sum"] = tf.reduce_sum(tf.square(self.hidden))
+        self.largest, self.smallest = tf.reduce_max(self.hidden), tf.reduce_min(self.hidden)
+        self.any, self.same = tf.reduce_any(self.hidden > 0.5), tf.constant(3)
+        return self.hidden
+
+
+class ReadsNumbers(ReadsAnywhere):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = LeavesNumbers()
+
+    def penalty(self) -> Any:
+        left = self.encoder
+        numbers = [left.mean, left.named["sum"] / tf.cast(left.rows, tf.float32)]
+        numbers += [left.largest, left.smallest, tf.cast(left.any, tf.float32)]
+        return tf.add_n([tf.cast(left.same, tf.float32), *numbers])
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_numbers_that_call_leaves(eager: bool) -> None:
+    """X15: found out from a few rows, as it is for terms of the loss."""
+    x, y = rows(9, 3), rows(9, 2)
+    bare, parallel = pair(ReadsNumbers, 3, optimizer="sgd", loss="mse", run_eagerly=eager)
+    assert_same_fit(bare, parallel, batches([4, 2, 3], x, y))
+
+
+class LeavesDeviation(Encoder):
+    def call(self, x: Any) -> Any:
+        self.deviation = tf.math.reduce_std(x)
+        return self.dense(x)
+
+
+def test_a_number_that_parts_cannot_make_is_named() -> None:
+    """X15: one that needs all rows."""
+    layer = LeavesDeviation()
+    layer.name = "spread"
+    model = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match=r"attribute 'deviation' of layer 'spread'.*no mean or"):
+        pk.DataParallelModel(model, 3)(rows(7, 3))
+    parallel = pk.DataParallelModel(model, 3, rules={"deviation": "mean"})
+    assert parallel(rows(7, 3)).shape == (7, 1)
+
+
+def test_a_batch_makes_the_weights() -> None:
+    """X15: of a template that none were made for yet, in any kind of step."""
+
+    class Plain(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, x: Any) -> Any:
+            hidden = self.dense(x)
+            self.kept = hidden
+            return {"a": hidden, "b": hidden}
+
+    x, y = rows(7, 3), {"a": rows(7, 2), "b": rows(7, 2, seed=1)}
+    for towers, eager in ((1, True), (3, True), (3, False)):
+        how = {"loss_on": "merged", "run_eagerly": eager}
+        bare, parallel = pair(Plain, towers, optimizer="sgd", loss="mse", **how)
+        losses = [model.train_on_batch(x, y)[0] for model in (bare, parallel)]
+        np.testing.assert_allclose(losses[1], losses[0], rtol=RTOL)
+        # One tensor in several places has the gradient of each.
+        assert_same_variables(bare, parallel)

@@ -31,6 +31,8 @@ class Given(NamedTuple):
         layer: Function from the path of what is left to what an error says of it.
         penalty: Function from the number of a layer, and its activity over the whole batch, to
             what its activity regulariser makes of that.
+        kind: Function from the path of a single number that is left to how it depends on the
+            rows, see `Move`.
     """
 
     counts: list[Any]
@@ -40,6 +42,7 @@ class Given(NamedTuple):
     left: Callable[[int], Any]
     layer: Callable[[str], str]
     penalty: Callable[[str, tf.Tensor], tf.Tensor]
+    kind: Callable[[str], str]
 
     def of_left(self) -> Given:
         """What is known of what is left on layers, instead of the outputs."""

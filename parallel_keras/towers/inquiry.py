@@ -57,7 +57,8 @@ class Inquiry:
         sizes, left = (functools.partial(self._sizes, call, left=left) for left in (False, True))
         layers = _compat.all_layers(self._tower.template)
         layer = functools.partial(left_behind.name_of, layers)
-        return Given(counts, leaves, sizes, known, left, layer, self._tower.penalty)
+        tower = self._tower
+        return Given(counts, leaves, sizes, known, left, layer, tower.penalty, tower.kind_of_left)
 
     def _sizes(self, call: Call, rows: int, *, left: bool) -> Any:
         """The outputs of a call with another number of rows, symbolically, or what it leaves."""

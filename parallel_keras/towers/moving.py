@@ -1,4 +1,4 @@
-"""What layers make of their rows: floats that they move, and terms that they add to the loss.
+"""What layers make of their rows: floats that they move, terms of the loss, numbers they leave.
 
 Nothing declares that, and a graph does not tell. So a layer that does it is tried, once, on a
 few random rows: what it makes of two groups of rows must come from what it makes of each.
@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.graphs.graph import calling
+from parallel_keras.towers.reachable import functions_of
 from parallel_keras.towers.recompute import RecomputeScope
 from parallel_keras.towers.trial import Trial, is_mean, is_random, near
 
@@ -58,9 +59,12 @@ class Moving:
                 # Layers come before their sublayers, so the innermost one stays.
                 self._layers.update({id(variable): layer for variable in moved})
         self._adding = [layer for layer in _compat.all_layers(template) if _adds_loss(layer)]
+        # Code of the user's own may leave something on a layer.
+        self._keeping = [x for x in _compat.all_layers(template) if functions_of(type(x))]
         self._calls: dict[int, tuple[Any, ...]] = {}
         self._terms: dict[int, list[str]] = {}
         self._moves: dict[int, Move] = {}
+        self._left: dict[int, dict[str, str]] = {}
 
     @property
     def may_move(self) -> bool:
@@ -79,7 +83,7 @@ class Moving:
             return call
 
         with contextlib.ExitStack() as stack:
-            watched = [*self._layers.values(), *self._adding]
+            watched = [*self._layers.values(), *self._adding, *self._keeping]
             for layer in {id(layer): layer for layer in watched}.values():
                 stack.enter_context(calling(layer, noting(layer, layer.call)))
             yield
@@ -116,6 +120,26 @@ class Moving:
         if id(layer) not in self._terms:
             self._terms[id(layer)] = self._try_terms(layer)
         return self._terms[id(layer)]
+
+    def left(self, layer: keras.layers.Layer, path: str) -> str:
+        """How a single number that a layer leaves depends on the rows, see `left_behind`.
+
+        Args:
+            layer: The layer.
+            path: What was left.
+
+        Returns:
+            One of the kinds of a `Move`.
+        """
+        if _compat.in_stateless_scope() or id(layer) not in self._calls:
+            return "unknown"
+        if id(layer) not in self._left:
+            try:
+                with tf.init_scope():
+                    self._left[id(layer)] = _judge_left(Trial(layer, self._calls[id(layer)]))
+            except Exception:  # noqa: BLE001 (a layer that cannot be tried may fail in any way)
+                self._left[id(layer)] = {}
+        return self._left[id(layer)].get(path, "unknown")
 
     def _try_terms(self, layer: keras.layers.Layer) -> list[str]:
         if layer.activity_regularizer is not None:  # Its term would be among them.
@@ -170,6 +194,24 @@ def _judge_terms(trial: Trial) -> list[str]:
         _judge_term({g: terms[i] for g, terms in seen.items()}, other[i], trial.layer)
         for i in range(count)
     ]
+
+
+def _judge_left(trial: Trial) -> dict[str, str]:
+    seen = {groups: trial.left(groups) for groups in _TRIED}
+    other = trial.left("a", shift=1)
+    paths = [path for path in other if all(path in numbers for numbers in seen.values())]
+    return {
+        path: _judge_number({g: seen[g][path] for g in _TRIED}, other[path], trial.layer)
+        for path in paths
+    }
+
+
+def _judge_number(seen: dict[str, Any], other: Any, layer: keras.layers.Layer) -> str:
+    for kind, pick in (("max", np.maximum), ("min", np.minimum)):
+        several = seen["a"] != seen["b"] or seen["a"] != seen["c"]
+        if several and all(near(seen["a" + g], pick(seen["a"], seen[g])) for g in "bc"):
+            return kind
+    return _judge_term(seen, other, layer)
 
 
 def _judge_term(seen: dict[str, Any], other: Any, layer: keras.layers.Layer) -> str:

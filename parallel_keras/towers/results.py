@@ -224,9 +224,36 @@ class Pass:
         here = [result.left for result in self.here]
         try:
             whole = whole_outputs(here, self.rules, self.given.of_left())
-            return merge.outputs(parts, self.shards, self.rules, whole)
+            merged = merge.outputs(parts, self.shards, self.rules, whole)
         except ValueError as error:
             raise ValueError(self.given.on_layers(str(error))) from error
+        for number, tensors in parts[0].items():
+            for path, tensor in tensors.items():
+                # Of an output the user knows that it is a mean; this is read by some code.
+                if tensor.shape.rank == 0 and path.split("/")[-1] not in self.rules:
+                    column = [part[number][path] for part in parts]
+                    merged[number][path] = self._number(f"{number}/{path}", column)
+        return merged
+
+    def _number(self, path: str, column: list[tf.Tensor]) -> tf.Tensor:
+        """A single number that was left on a layer, of the whole batch."""
+        kind = self.given.kind(path)
+        if kind == "none":
+            name = path.rsplit("/", maxsplit=1)[-1]
+            raise ValueError(
+                f"Expected a number that can be made of those of parts of the batch. Received: "
+                f"{self.given.layer(path)}, which is no mean or sum over rows, and not the largest "
+                "or smallest of them. Leave what it is made of, with the rows first, and compute "
+                "it where it is read; or have it taken for a mean, which differs from one device: "
+                f'rules={{{name!r}: "mean"}}; or use one device: devices=1.'
+            )
+        if kind in ("max", "min"):
+            # Towers without rows have a copy of the last one.
+            wide = tf.cast(column, tf.int32) if column[0].dtype == tf.bool else tf.stack(column)
+            pick = tf.reduce_max if kind == "max" else tf.reduce_min
+            return tf.cast(pick(wide), column[0].dtype)
+        join = merge.live_sum if kind == "sum" else merge.mean
+        return join(column, self.shards.shares())
 
     def _terms(self) -> dict[str, list[tf.Tensor]]:
         """What layers gave to `add_loss`, of the whole batch, by the number of the layer."""

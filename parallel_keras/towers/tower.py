@@ -157,6 +157,25 @@ class Tower:
             )
         return "found_sum" if kind == "sum" else "add_loss"
 
+    def kind_of_left(self, path: str) -> str:
+        """How a single number that was left on a layer depends on the rows.
+
+        Args:
+            path: The number of the layer and the path of the attribute, with a slash between.
+        """
+        number, _, attribute = path.partition("/")
+        layer = _compat.all_layers(self.template)[int(number)]
+        kind = self.moving.left(layer, attribute)
+        if kind == "unknown":
+            logging.log_first_n(
+                logging.WARNING,
+                "A number that `call` leaves, %s, is taken for the mean of those of the parts of "
+                "the batch: nothing could be found out about it.",
+                1,
+                left_behind.name_of([layer], f"0/{attribute}"),
+            )
+        return kind
+
     def penalty(self, number: str, activity: tf.Tensor) -> tf.Tensor:
         """The term that the activity regulariser of a layer makes of a whole batch."""
         layer = _compat.all_layers(self.template)[int(number)]

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from parallel_keras import _compat
+from parallel_keras.towers.left_behind import Left, noting
 from parallel_keras.towers.seeds import is_seed
 
 # Rows of the groups that a layer is tried on.
@@ -40,7 +41,7 @@ class Trial:
             old: What it was before.
             shift: What is added to the seeds.
         """
-        scope = self._after_call(groups, [(variable, tf.cast(old, variable.dtype))], shift)
+        scope, _ = self._after_call(groups, [(variable, tf.cast(old, variable.dtype))], shift)
         return np.asarray(scope.get_current_value(variable), "float64")
 
     def terms(self, groups: str, shift: int = 0) -> list[Any]:
@@ -50,11 +51,27 @@ class Trial:
             groups: Their names.
             shift: What is added to the seeds.
         """
-        scope = self._after_call(groups, [], shift)
+        scope, _ = self._after_call(groups, [], shift)
         owners = _compat.loss_owners(self.layer)
         return [np.asarray(term, "float64") for term in scope.losses if owners.get(id(term)) == 0]
 
-    def _after_call(self, groups: str, values: list[Any], shift: int) -> keras.StatelessScope:
+    def left(self, groups: str, shift: int = 0) -> dict[str, Any]:
+        """The single numbers that the layer itself leaves, by path, see `left_behind`.
+
+        Args:
+            groups: Their names.
+            shift: What is added to the seeds.
+        """
+        _, left = self._after_call(groups, [], shift)
+        return {
+            path: np.asarray(value, "float64")
+            for path, value in left.get("0", {}).items()
+            if value.shape.rank == 0 and value.dtype != tf.string
+        }
+
+    def _after_call(
+        self, groups: str, values: list[Any], shift: int
+    ) -> tuple[keras.StatelessScope, Left]:
         leaves = [
             np.concatenate(parts) if np.ndim(parts[0]) else parts[0]
             for parts in zip(*[self._groups[name] for name in groups], strict=True)
@@ -67,9 +84,10 @@ class Trial:
         seeds = [v for v in self.layer.non_trainable_variables if is_seed(v)]
         moved = [(seed, tf.convert_to_tensor(seed.value) + shift) for seed in seeds]
         _compat.forget_loss_owners(self.layer)
-        with keras.StatelessScope(state_mapping=[*moved, *values], collect_losses=True) as scope:
+        stateless = keras.StatelessScope(state_mapping=[*moved, *values], collect_losses=True)
+        with stateless as scope, noting(_compat.all_layers(self.layer)) as left:
             self.layer(*args, **kwargs)
-        return scope
+        return scope, left
 
     def _leaves(self, rows: int) -> list[Any]:
         specs = [x for x in keras.tree.flatten(self._call) if isinstance(x, tf.TensorSpec)]
