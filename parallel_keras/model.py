@@ -276,7 +276,7 @@ class DataParallelModel(Answers, Files, Loops):
         if not self.template.built and not self._template_learns:
             inputs, x = first_batch(x)
             if inputs is not None:
-                self._runtime.build((inputs,), {})
+                self._runtime.build_early(inputs)
         return super().fit(x, *args, **kwargs)
 
     def train_step(self, data: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
-from tests.parity import ATOL, RTOL, assert_same_fit, assert_same_variables, pair, rows
+from tests.parity import ATOL, RTOL, assert_same_fit, assert_same_variables, batches, pair, rows
 
 TOWERS = [1, 3]
 
@@ -361,3 +361,63 @@ def test_metrics_that_the_template_holds(towers: int, loss_on: str, eager: bool,
     for one, other in zip(bare.metrics, parallel.metrics, strict=True):
         same([v.numpy() for v in other.variables], [v.numpy() for v in one.variables])
     assert [id(m) for m in parallel.metrics] == [id(m) for m in parallel.template.metrics]
+
+
+class LooksAtNumbers(keras.layers.Layer):
+    """Runs only eagerly: a loop over rows, and NumPy in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = keras.layers.Dense(4)
+
+    def call(self, x: Any) -> Any:
+        scales = np.tanh(np.asarray(x))[:, 0]
+        rows = [self.dense(row[None]) * scale for row, scale in zip(x, scales, strict=True)]
+        return tf.concat(rows, 0)
+
+
+class EagerSteps(keras.Model):
+    """A step of its own around a model that is not built yet and cannot be built by symbols."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks, self.top = LooksAtNumbers(), keras.layers.Dense(2)
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        del training
+        return self.top(self.looks(x))
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x, training=True) - y))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"loss": loss}
+
+
+class EagerCall(EagerSteps):
+    train_step = keras.Model.train_step
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        EagerSteps,
+        EagerCall,
+        lambda: keras.Sequential([LooksAtNumbers(), keras.layers.Dense(2)]),
+    ],
+)
+def test_unbuilt_models_that_only_run_eagerly(kind: Any) -> None:
+    """X20: from a data set too, whose specs no such model can be built from."""
+    x, y = rows(7, 3), rows(7, 2)
+    for data in ((x, y), (batches([4, 3], x, y),)):
+        bare, parallel = pair(kind, 3, optimizer="sgd", loss="mse", run_eagerly=True)
+        assert_same_fit(bare, parallel, *data, batch_size=4 if len(data) == 2 else None)
+
+
+def test_a_sequential_that_a_call_builds_takes_any_number_of_rows() -> None:
+    """X20: it can be wrapped again."""
+    template = keras.Sequential([keras.layers.Dense(2)])
+    pk.DataParallelModel(template, 3)(rows(7, 3))
+    assert pk.DataParallelModel(template, 2)(rows(4, 3)).shape == (4, 2)

@@ -24,6 +24,7 @@ from parallel_keras.nests import (
     is_ragged,
     is_tensor,
     knows_more,
+    mapped,
     of_any_rows,
     present,
     symbols,
@@ -99,10 +100,36 @@ def build_template(template: keras.Model, args: tuple[Any, ...], kwargs: dict[st
             unknown = TypeError(f"Keras has no symbols of ragged tensors. Received: {specs}.")
             _compat.trace_as_step(template, specs, kwargs, unknown)
             return
+        given = symbols(args)
+        if isinstance(template, keras.Sequential):
+            # It keeps the shape for good, and would have a batch size of that batch.
+            given = mapped(_of_any_rows, given)
         try:
-            template(*symbols(args), **kwargs)
+            template(*given, **kwargs)
         except Exception as error:  # noqa: BLE001 (it is raised again if this fails, too)
             _build_otherwise(template, args, kwargs, error)
+
+
+def _of_any_rows(symbol: keras.KerasTensor) -> keras.KerasTensor:
+    shape = (None, *symbol.shape[1:]) if symbol.shape else ()
+    return keras.KerasTensor(shape, symbol.dtype, sparse=symbol.sparse)
+
+
+def build_eagerly(
+    template: keras.Model, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Makes what is left of a model that Keras cannot build, as it runs only eagerly.
+
+    Args:
+        template: The model.
+        call: Its `call`.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments of a call.
+    """
+    built = all(layer.built for layer in _compat.all_layers(template))
+    if not built and tf.executing_eagerly():
+        with keras.StatelessScope():  # Nothing is assigned.
+            call(*args, **kwargs)
 
 
 def _build_otherwise(

@@ -187,7 +187,8 @@ def check_template(template: keras.Model, towers: int) -> None:
             raise ValueError(
                 f"Input {tensor.name!r} has a fixed batch size, but each of {towers} devices gets "
                 f"only a part of the batch. Received: shape={tuple(tensor.shape)}. "
-                "Build the input without batch_size, or use one device: devices=1."
+                "Build the input without batch_size (a Sequential that was called before it is "
+                "wrapped has that of the call), or use one device: devices=1."
             )
 
 

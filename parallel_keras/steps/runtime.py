@@ -82,6 +82,20 @@ class Runtime:
             checks.check_built(template)
             agree_on_state(self._wrapper, self.cluster)
 
+    def build_early(self, inputs: Any) -> None:
+        """Makes the template's weights before the first step, where that can be.
+
+        Args:
+            inputs: What is known of the inputs of a batch.
+        """
+        try:
+            self.build((inputs,), {})
+        except Exception:
+            if not self._wrapper.run_eagerly:
+                raise
+            # What only runs eagerly gets its weights from the batch itself, in the first step.
+            self._wrapper.template.built = False
+
     def _make_calls(self) -> None:
         template = self._wrapper.template
         self.calls = self._calls_of(template)

@@ -13,6 +13,7 @@ from parallel_keras import _compat
 from parallel_keras.graphs.graph import calling
 from parallel_keras.homes.plan import Homes
 from parallel_keras.shard import is_empty
+from parallel_keras.steps.building import build_eagerly
 from parallel_keras.steps.penalties import at_home
 from parallel_keras.towers.call import Call, as_call
 from parallel_keras.towers.results import Merged
@@ -74,10 +75,11 @@ class TemplateSteps:
         # Keras adds the term of a model's own activity regulariser after its call, here as there.
         if on_a_tower or is_empty((args, kwargs)) or model.activity_regularizer is not None:
             return original(*args, **kwargs)
+        if id(model) not in self._calls:
+            build_eagerly(model, original, args, kwargs)
+            self._calls[id(model)] = self._make_calls(model)
         training = kwargs.pop("training", _compat.training_of_call(model))
         mask = kwargs.pop("mask", None)
-        if id(model) not in self._calls:
-            self._calls[id(model)] = self._make_calls(model)
 
         def flow(towers: Any, call: Call, training: Any) -> Merged:
             shards = towers.shard(call)
