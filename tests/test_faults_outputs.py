@@ -179,3 +179,21 @@ def test_known_outputs_cost_nothing() -> None:
     assert len(calls) == 1
     parallel.fit(rows(12, 3), rows(12, 2), batch_size=6, verbose=0)
     assert len(calls) == 3  # the variables of the loss are made first
+
+
+def test_as_many_columns_as_rows_of_a_ragged_batch() -> None:
+    """X7: the rows of ragged inputs can be others, too."""
+
+    class Lengths(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, x: Any) -> Any:
+            return self.dense(tf.cast(x.row_lengths()[:, None], "float32"))
+
+    template = Lengths()
+    ragged = tf.ragged.constant([[1], [2, 3], [4, 4, 4], [], [5], [6, 7, 8, 9]])
+    expected = template(ragged)
+    parallel = pk.DataParallelModel(template, TOWERS)
+    np.testing.assert_allclose(parallel(ragged), expected, rtol=RTOL, atol=ATOL)

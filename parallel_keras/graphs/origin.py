@@ -149,7 +149,7 @@ def _is_length(spot: Spot) -> bool:
 
 def body_and_inputs(
     tensors: Sequence[tf.Tensor], sources: Sequence[tf.Tensor]
-) -> tuple[Any, list[tf.Tensor], list[tf.Tensor]]:
+) -> tuple[Any, list[tf.Tensor], list[tuple[tf.Tensor, str]]]:
     """The graph that computes tensors from sources, alone, if a function does it.
 
     Args:
@@ -157,10 +157,10 @@ def body_and_inputs(
         sources: Sequence of tensors of that graph.
 
     Returns:
-        A graph, what the tensors are in there, and what the sources are.
+        A graph, what the tensors are in there, and what the sources are, with their names.
     """
     graph, outs = tensors[0].graph, list(tensors)
-    ins = list(sources)
+    ins = [(source, source.name) for source in sources]
     spots = [_inside_of_call(tensor) for tensor in tensors]
     calls = {id(spot.calls[0]): spot.calls[0] for spot in spots if spot.calls}
     if len(calls) == 1 and all(spot.calls for spot in spots):
@@ -168,7 +168,8 @@ def body_and_inputs(
         body = _compat.function_body(call)
         named = {source.name for source in sources}
         pairs = zip(call.inputs, body.inputs, strict=True)
-        ins = [inner for outer, inner in pairs if _not_hidden(outer).name in named]
+        known = [(inner, _not_hidden(outer).name) for outer, inner in pairs]
+        ins = [(inner, name) for inner, name in known if name in named]
         graph, outs = body, [spot.tensor for spot in spots]
     return graph, outs, ins
 

@@ -212,18 +212,32 @@ def _axes(few: Sequence[int | None], more: Sequence[int | None]) -> Axes:
 
 def _sizes_in_graph(leaves: Sequence[tf.Tensor], given: Given, rows: int) -> list[Any]:
     """Has TensorFlow work the sizes out for another number of rows, from the graph it has."""
-    dense = [leaf for leaf in given.leaves if isinstance(leaf, tf.Tensor)]
-    graph, outs, inputs = body_and_inputs(leaves, dense)
+    resized = [pair for leaf in given.leaves for pair in _resized(leaf, rows)]
+    graph, outs, inputs = body_and_inputs(leaves, [tensor for tensor, _ in resized])
+    shapes = {tensor.name: shape for tensor, shape in resized}
     definition = graph.as_graph_def()
     with tf.Graph().as_default():
         news = {
-            one.name: tf.compat.v1.placeholder(one.dtype, [rows, *one.shape[1:]]) for one in inputs
+            inner.name: tf.compat.v1.placeholder(inner.dtype, shapes[source])
+            for inner, source in inputs
         }
         names = [out.name for out in outs]
         found = tf.graph_util.import_graph_def(
             definition, input_map=news, return_elements=names, name=""
         )
         return [tensor.shape for tensor in found]
+
+
+def _resized(leaf: Any, rows: int) -> list[tuple[tf.Tensor, list[int | None]]]:
+    """The tensors that an input is made of, and their shapes for another number of rows."""
+    if isinstance(leaf, tf.Tensor):
+        return [(leaf, [rows, *leaf.shape[1:]])]
+    parts = tf.nest.flatten(leaf, expand_composites=True)
+    shapes = [[None, *part.shape[1:]] for part in parts]
+    if isinstance(leaf, tf.RaggedTensor):
+        outer = next(i for i, part in enumerate(parts) if part is leaf.row_splits)
+        shapes[outer] = [rows + 1]
+    return list(zip(parts, shapes, strict=True))
 
 
 def _is_same(column: Sequence[Any], sources: Sequence[tf.Tensor]) -> bool:
