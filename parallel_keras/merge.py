@@ -107,6 +107,19 @@ def live_sum(values: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]) -> tf.Ten
     return tf.add_n([tf.where(share > 0, value, tf.zeros_like(value)) for value, share in pairs])
 
 
+def largest(values: Sequence[tf.Tensor | None]) -> tf.Tensor | None:
+    """The largest of one value from each tower, by element.
+
+    Args:
+        values: Sequence of tensors of one shape, or `None` for towers that have none.
+
+    Returns:
+        A tensor, `None` if all values are.
+    """
+    present = [value for value in values if value is not None]
+    return tf.reduce_max(tf.stack(present), axis=0) if present else None
+
+
 def total(values: Sequence[Any]) -> Any:
     """Sum of one gradient from each tower.
 

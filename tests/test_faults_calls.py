@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
+from parallel_keras.towers import run
 from tests.parity import ATOL, RTOL, assert_same_fit, pair, rng, rows
 
 STEPS, CLASSES = 6, 5
@@ -253,6 +254,34 @@ def test_quantised_layers(mode: str) -> None:
     np.testing.assert_allclose(
         tf.function(lambda: parallel(x), autograph=False)(), expected, rtol=RTOL, atol=ATOL
     )
+
+
+@pytest.mark.parametrize("loss_on", ["merged", "towers"])
+def test_float8_layers_are_trained(loss_on: str) -> None:
+    """X26: what their scales are made of is the largest value of the whole batch."""
+
+    def float8() -> keras.Model:
+        model = keras.Sequential([keras.Input((6,)), *map(keras.layers.Dense, (4, 2))])
+        model.quantize("float8")
+        return model
+
+    x, y = rows(7, 6), rows(7, 2)
+    bare, parallel = pair(float8, 3, loss_on=loss_on, optimizer="sgd", loss="mse")
+    losses = [
+        model.fit(x, y, batch_size=4, epochs=3, verbose=0, shuffle=False).history["loss"]
+        for model in (bare, parallel)
+    ]
+    # A sum that is rounded otherwise may be the next of only 256 numbers.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    for one, other in zip(bare.variables, parallel.template.variables, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-3, err_msg=one.path)
+    assert bare.layers[0].inputs_scale.numpy() != 1
+
+
+def test_float8_layers_on_several_machines_are_refused() -> None:
+    """X26: gradients of machines are added up."""
+    with pytest.raises(ValueError, match=r"float8.*dense/inputs_scale, on 2 machines"):
+        run.check_one_machine(["dense/inputs_scale"], 2)
 
 
 class Meanwhile(pk.DataParallelModel):

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from parallel_keras import merge
 from parallel_keras.devices import check_one_job
 from parallel_keras.graphs.graph import hide_sizes, hide_value, naming_tower
 from parallel_keras.graphs.outputs import Given
@@ -264,7 +265,8 @@ class Towers:
     def summed(self, columns: Columns, variables: Sequence[keras.Variable]) -> Columns:
         """Adds up the gradients of the towers here, each where its weight lives.
 
-        Sparse ones stay apart: their sum has as many rows as all of them.
+        Sparse ones stay apart: their sum has as many rows as all of them. And of some weights of
+        float8 layers the gradient is the new value, made of the largest values that were met.
 
         Args:
             columns: For each weight its gradient on each tower.
@@ -273,10 +275,20 @@ class Towers:
         Returns:
             For each weight a column of which the first is the sum, and the rest `None`.
         """
-        dense = [index for index, column in enumerate(columns) if not _is_sparse(column)]
+        news = {i for i, v in enumerate(variables) if getattr(v, "overwrite_with_gradient", False)}
+        check_one_machine([variables[index].path for index in sorted(news)], self.workers.size)
+        dense = [
+            index
+            for index, column in enumerate(columns)
+            if index not in news and not _is_sparse(column)
+        ]
         homes = [self.homes.of(variables[index]) for index in dense]
         found = [list(column) for column in columns]
         added = sums([columns[index] for index in dense], self.devices, homes)
+        for index in news:
+            with tf.device(self.homes.of(variables[index])):
+                dense.append(index)
+                added.append(merge.largest(columns[index]))
         for index, value in zip(dense, added, strict=True):
             found[index] = [value, *[None] * (len(columns[index]) - 1)][: len(columns[index])]
         return found
@@ -309,6 +321,24 @@ class Towers:
         rules = self._state_rules
         hidden = (rules.counts_rows or rules.synchronized) and not self._eager
         return hide_sizes(part) if hidden else part
+
+
+def check_one_machine(paths: list[str], workers: int) -> None:
+    """Refuses weights that are overwritten by their gradient where there are several machines.
+
+    Args:
+        paths: The paths of such weights.
+        workers: Int, how many machines there are.
+
+    Raises:
+        ValueError: If there are both.
+    """
+    if paths and workers > 1:
+        raise ValueError(
+            "Expected weights whose gradients can be added up over machines: those of float8 "
+            f"layers are new values. Received: {', '.join(paths)}, on {workers} machines. "
+            "Train them on one machine, or without quantize('float8')."
+        )
 
 
 def _is_sparse(column: Sequence[Any]) -> bool:
