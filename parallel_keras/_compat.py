@@ -291,7 +291,10 @@ def trace_as_step(
         if isinstance(leaf, tf.RaggedTensorSpec):
             return leaf
         known = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-        return tf.TensorSpec(leaf.shape, leaf.dtype) if known else leaf
+        of_keras = isinstance(leaf, keras.KerasTensor) and leaf.sparse
+        sparse = of_keras or isinstance(leaf, (tf.SparseTensor, tf.SparseTensorSpec))
+        kind = tf.SparseTensorSpec if sparse else tf.TensorSpec
+        return kind(leaf.shape, leaf.dtype) if known else leaf
 
     try:
         function = tf.function(lambda *given: model(*given, **kwargs), autograph=False)

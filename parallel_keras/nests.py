@@ -262,7 +262,8 @@ def symbol(leaf: Any) -> Any:
     """
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return leaf
-    sparse = isinstance(leaf, (tf.SparseTensor, tf.SparseTensorSpec))
+    known = isinstance(leaf, keras.KerasTensor) and leaf.sparse
+    sparse = known or isinstance(leaf, (tf.SparseTensor, tf.SparseTensorSpec))
     dtype = keras.backend.standardize_dtype(getattr(leaf.dtype, "name", leaf.dtype))
     return keras.KerasTensor(tuple(leaf.shape), dtype, sparse=sparse)
 

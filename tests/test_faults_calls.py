@@ -243,6 +243,26 @@ def test_layers_of_two_sparse_inputs(kind: str) -> None:
     np.testing.assert_allclose(in_function(), expected, rtol=RTOL)
 
 
+class OfSparse(keras.Model):
+    """Not built yet, and looks at what is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = keras.layers.Dense(2)
+
+    def call(self, x: Any) -> Any:
+        return self.dense(tf.ensure_shape(tf.sparse.to_dense(keras.ops.maximum(x, x)), (None, 6)))
+
+
+def test_a_model_that_a_sparse_batch_builds() -> None:
+    """X26: from its spec, as a data set has it."""
+    x, y = rows(7, 6), rows(7, 2)
+    sparse = tf.sparse.from_dense(x * (x > 0.5))
+    data = tf.data.Dataset.from_tensor_slices((sparse, y)).batch(4)
+    bare, parallel = pair(OfSparse, 3, optimizer="sgd", loss="mse")
+    assert_same_fit(bare, parallel, data)
+
+
 @pytest.mark.parametrize("mode", ["int8", "float8"])
 def test_quantised_layers(mode: str) -> None:
     """X26: only a forward pass is asked for."""
