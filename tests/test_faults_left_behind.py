@@ -288,6 +288,39 @@ def test_numbers_that_call_leaves(eager: bool) -> None:
     assert_same_fit(bare, parallel, batches([4, 2, 3], x, y))
 
 
+class LeavesSize(Encoder):
+    calls, of_batch = 0, 0
+
+    def call(self, x: Any) -> Any:
+        self.calls = 2
+        self.of_batch = keras.ops.shape(x)[0]
+        self.hidden = self.dense(x)
+        return self.hidden
+
+
+class ReadsSize(ReadsNumbers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = LeavesSize()
+
+    def penalty(self) -> Any:
+        size = tf.cast(self.encoder.of_batch * self.encoder.calls, tf.float32)
+        return tf.reduce_sum(self.encoder.hidden**2) / size
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_number_of_rows_that_python_knows(eager: bool) -> None:
+    """X15: left as an integer where the size of the batch is known, else as a tensor."""
+    x, y = rows(8, 3), rows(8, 2)
+    bare, parallel = pair(ReadsSize, 3, optimizer="sgd", loss="mse", run_eagerly=eager)
+    for size in (2, 8, 7, 8):
+        losses = [model.train_on_batch(x[:size], y[:size]) for model in (bare, parallel)]
+        np.testing.assert_allclose(losses[1], losses[0], rtol=RTOL)
+    assert_same_fit(bare, parallel, x, y, batch_size=3)
+    parallel(x[:6])
+    assert parallel.template.encoder.of_batch == 6
+
+
 class LeavesDeviation(Encoder):
     def call(self, x: Any) -> Any:
         self.deviation = tf.math.reduce_std(x)

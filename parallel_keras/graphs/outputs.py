@@ -33,6 +33,8 @@ class Given(NamedTuple):
             what its activity regulariser makes of that.
         kind: Function from the path of a single number that is left to how it depends on the
             rows, see `Move`.
+        rows_left: Function that tells where a call has left the number of its rows as a Python
+            integer: pairs of the number of a layer and the name of an attribute.
     """
 
     counts: list[Any]
@@ -43,6 +45,7 @@ class Given(NamedTuple):
     layer: Callable[[str], str]
     penalty: Callable[[str, tf.Tensor], tf.Tensor]
     kind: Callable[[str], str]
+    rows_left: Callable[[], list[tuple[str, str]]]
 
     def of_left(self) -> Given:
         """What is known of what is left on layers, instead of the outputs."""

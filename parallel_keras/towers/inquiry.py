@@ -58,7 +58,17 @@ class Inquiry:
         layers = _compat.all_layers(self._tower.template)
         layer = functools.partial(left_behind.name_of, layers)
         tower = self._tower
-        return Given(counts, leaves, sizes, known, left, layer, tower.penalty, tower.kind_of_left)
+        return Given(
+            counts,
+            leaves,
+            sizes,
+            known,
+            left,
+            layer,
+            tower.penalty,
+            tower.kind_of_left,
+            tower.counts,
+        )
 
     def _sizes(self, call: Call, rows: int, *, left: bool) -> Any:
         """The outputs of a call with another number of rows, symbolically, or what it leaves."""

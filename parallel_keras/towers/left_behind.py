@@ -74,7 +74,10 @@ def put(layers: Sequence[keras.layers.Layer], left: Left) -> None:
         layer = layers[int(number)]
         for path, tensor in tensors.items():
             name, *rest = path.split("/")
-            value = _with(_spaces(layer).get(name), rest, tensor)
+            held = _spaces(layer).get(name)
+            value = _with(held, rest, tensor)
+            if type(held) is int and hasattr(value, "numpy"):
+                value = int(value)
             if name not in functions_of(type(layer)):
                 vars(layer)[name] = value
 

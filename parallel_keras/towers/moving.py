@@ -18,7 +18,7 @@ from parallel_keras import _compat
 from parallel_keras.graphs.graph import calling
 from parallel_keras.towers.reachable import functions_of
 from parallel_keras.towers.recompute import RecomputeScope
-from parallel_keras.towers.trial import Trial, is_mean, is_random, near
+from parallel_keras.towers.trial import GROUPS, Trial, is_mean, is_random, near
 
 # The groups of rows that a layer is tried on, alone and together.
 _TRIED = ("a", "b", "c", "ab", "ac")
@@ -129,7 +129,7 @@ class Moving:
             path: What was left.
 
         Returns:
-            One of the kinds of a `Move`.
+            One of the kinds of a `Move`, or `"rows"` for their number.
         """
         if _compat.in_stateless_scope() or id(layer) not in self._calls:
             return "unknown"
@@ -207,6 +207,8 @@ def _judge_left(trial: Trial) -> dict[str, str]:
 
 
 def _judge_number(seen: dict[str, Any], other: Any, layer: keras.layers.Layer) -> str:
+    if all(seen[groups] == sum(GROUPS[group] for group in groups) for groups in _TRIED):
+        return "rows"
     for kind, pick in (("max", np.maximum), ("min", np.minimum)):
         several = seen["a"] != seen["b"] or seen["a"] != seen["c"]
         if several and all(near(seen["a" + g], pick(seen["a"], seen[g])) for g in "bc"):

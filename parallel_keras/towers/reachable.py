@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dis
 import enum
 import functools
 import sys
@@ -144,15 +145,24 @@ def is_plain(value: Any) -> bool:
     return not (_of_library(kind.__module__) or isinstance(value, _OTHERS) or tf.is_tensor(value))
 
 
-def functions_of(kind: type) -> dict[str, Any]:
+def functions_of(kind: type) -> dict[str, types.FunctionType]:
     """The functions of a class and its bases that are not those of a library."""
     own = [base for base in kind.__mro__ if not _of_library(base.__module__)]
-    return {
-        name: value
-        for base in reversed(own)
-        for name, value in vars(base).items()
-        if _function(value) is not None
+    held = {name: value for base in reversed(own) for name, value in vars(base).items()}
+    found = {name: _function(value) for name, value in held.items()}
+    return {name: function for name, function in found.items() if function is not None}
+
+
+def whole_numbers(layer: keras.layers.Layer) -> dict[str, int]:
+    """The attributes of a layer that its call may assign and that are Python integers."""
+    names = {
+        stored
+        for name, function in functions_of(type(layer)).items()
+        if name == "call" or not hasattr(keras.Model, name)
+        for stored in _stored(function.__code__)
     }
+    held = vars(layer)
+    return {name: held[name] for name in sorted(names) if type(held.get(name)) is int}
 
 
 def _of_library(module: Any) -> bool:
@@ -236,6 +246,12 @@ def _set_variable(function: types.FunctionType, name: str, value: Any) -> None:
         del function.__globals__[name]
     else:
         function.__globals__[name] = value
+
+
+@functools.cache
+def _stored(code: types.CodeType) -> tuple[str, ...]:
+    stored = (one for one in dis.get_instructions(code) if one.opname == "STORE_ATTR")
+    return tuple({one.argval for one in stored})
 
 
 @functools.cache

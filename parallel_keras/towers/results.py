@@ -219,12 +219,18 @@ class Pass:
     def _left(self) -> Left:
         """What was left on layers, of the whole batch."""
         parts = [result.left for result in self.results]
-        if not parts[0] or len(parts) == 1:
+        if len(parts) == 1:
             return parts[0]
+        merged: Left = self._tensors_left(parts) if parts[0] else {}
+        for number, name in self.given.rows_left():
+            merged.setdefault(number, {}).setdefault(name, self.shards.total)
+        return merged
+
+    def _tensors_left(self, parts: list[Left]) -> Left:
         here = [result.left for result in self.here]
         try:
             whole = whole_outputs(here, self.rules, self.given.of_left())
-            merged = merge.outputs(parts, self.shards, self.rules, whole)
+            merged: Left = merge.outputs(parts, self.shards, self.rules, whole)
         except ValueError as error:
             raise ValueError(self.given.on_layers(str(error))) from error
         for number, tensors in parts[0].items():
@@ -252,7 +258,7 @@ class Pass:
             wide = tf.cast(column, tf.int32) if column[0].dtype == tf.bool else tf.stack(column)
             pick = tf.reduce_max if kind == "max" else tf.reduce_min
             return tf.cast(pick(wide), column[0].dtype)
-        join = merge.live_sum if kind == "sum" else merge.mean
+        join = merge.live_sum if kind in ("rows", "sum") else merge.mean
         return join(column, self.shards.shares())
 
     def _terms(self) -> dict[str, list[tf.Tensor]]:

@@ -17,6 +17,7 @@ from parallel_keras.towers.call import Call, by_name, given
 from parallel_keras.towers.collectives import Peers, talking_to
 from parallel_keras.towers.losses import activity_penalty
 from parallel_keras.towers.moving import Moving
+from parallel_keras.towers.reachable import whole_numbers
 from parallel_keras.towers.results import CallResult, Updates
 from parallel_keras.towers.scope import Assigned, Lent, TowerScope
 from parallel_keras.towers.weights import Tables
@@ -120,6 +121,19 @@ class Tower:
             outputs = self.template(*args, **given(training), **kwargs)
         scope.left = left
         return outputs
+
+    def counts(self) -> list[tuple[str, str]]:
+        """Where a call has left the number of its rows as a Python integer.
+
+        Returns:
+            Pairs of the number of a layer and the name of an attribute.
+        """
+        return [
+            (str(number), name)
+            for number, layer in enumerate(_compat.all_layers(self.template))
+            for name in whole_numbers(layer)
+            if self.moving.left(layer, name) == "rows"
+        ]
 
     def terms(self, scope: TowerScope) -> dict[str, list[tf.Tensor]]:
         """What the template's layers gave to `add_loss`, by source and number of the layer.

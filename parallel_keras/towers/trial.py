@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.towers.left_behind import Left, noting
+from parallel_keras.towers.reachable import whole_numbers
 from parallel_keras.towers.seeds import is_seed
 
 # Rows of the groups that a layer is tried on.
@@ -62,12 +63,16 @@ class Trial:
             groups: Their names.
             shift: What is added to the seeds.
         """
+        before = whole_numbers(self.layer)
         _, left = self._after_call(groups, [], shift)
-        return {
+        found = {
             path: np.asarray(value, "float64")
             for path, value in left.get("0", {}).items()
             if value.shape.rank == 0 and value.dtype != tf.string
         }
+        counts = whole_numbers(self.layer)
+        vars(self.layer).update(before)
+        return {**{name: np.asarray(count, "float64") for name, count in counts.items()}, **found}
 
     def _after_call(
         self, groups: str, values: list[Any], shift: int
