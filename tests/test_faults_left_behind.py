@@ -41,9 +41,11 @@ class Encoder(keras.layers.Layer):
 class Reads(keras.Model):
     """Its loss reads what the encoder left."""
 
+    inner: type[keras.layers.Layer] = Encoder
+
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.top = Encoder(), keras.layers.Dense(2)
+        self.encoder, self.top = self.inner(), keras.layers.Dense(2)
 
     def call(self, x: Any) -> Any:
         return self.top(self.encoder(x))
@@ -224,9 +226,7 @@ class LeavesAnywhere(Encoder):
 
 
 class ReadsAnywhere(Reads):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = LeavesAnywhere()
+    inner = LeavesAnywhere
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         return keras.Model.compute_loss(self, *args, **kwargs) + self.penalty()
@@ -269,9 +269,7 @@ class LeavesNumbers(Encoder):
 
 
 class ReadsNumbers(ReadsAnywhere):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = LeavesNumbers()
+    inner = LeavesNumbers
 
     def penalty(self) -> Any:
         left = self.encoder
@@ -299,9 +297,7 @@ class LeavesSize(Encoder):
 
 
 class ReadsSize(ReadsNumbers):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = LeavesSize()
+    inner = LeavesSize
 
     def penalty(self) -> Any:
         size = tf.cast(self.encoder.of_batch * self.encoder.calls, tf.float32)

@@ -185,7 +185,8 @@ def _changed_sequence(value: Any, news: Mapping[str, Any]) -> Any:
         else:
             items.append(item)
     if isinstance(value, tuple):
-        return value._make(items) if hasattr(value, "_make") else tuple(items)
+        # One with names takes its fields one by one, any other all of them.
+        return type(value)(*items) if type(value) is not tuple else tuple(items)
     return items
 
 
