@@ -272,6 +272,16 @@ def test_numbers_are_read_once_until_they_are_assigned() -> None:
     assert float(number + 1.0) == 3
 
 
+def test_whether_a_tape_records() -> None:
+    assert not _compat.may_be_recorded()
+    with tf.GradientTape() as tape:
+        assert _compat.may_be_recorded()
+        with tape.stop_recording():
+            assert not _compat.may_be_recorded()
+    with tf.autodiff.ForwardAccumulator(tf.constant(1.0), tf.constant(1.0)):
+        assert _compat.may_be_recorded()
+
+
 def test_the_open_scope() -> None:
     assert _compat.stateless_scope() is None
     with keras.StatelessScope() as scope:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.homes.links import are_far, canonical, is_gpu, is_remote
+from parallel_keras.homes.messages import all_by_device
 
 # Seeds, counters and the like: TensorFlow keeps small integers in the memory of the host, and
 # to move them would spread nothing.
@@ -184,11 +186,15 @@ class Homes:
                 return update(gradient, variable, learning_rate)
 
         # Into the instance, where Python finds it before the class.
-        vars(optimizer)["update_step"] = update_step
+        ours: dict[str, Any] = {"update_step": update_step}
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            ours["check_finite"] = functools.partial(all_by_device, optimizer.check_finite)
+        vars(optimizer).update(ours)
         try:
             yield
         finally:
-            vars(optimizer).pop("update_step")
+            for name in ours:
+                vars(optimizer).pop(name)
 
     def handles(self) -> dict[int, str]:
         """The homes of variables that were settled, by the `id` of the handle."""
