@@ -264,7 +264,7 @@ class LeavesNumbers(Encoder):
         self.rows, self.mean = size, tf.reduce_mean(self.hidden)
         self.named["sum"] = tf.reduce_sum(tf.square(self.hidden))
         self.largest, self.smallest = tf.reduce_max(self.hidden), tf.reduce_min(self.hidden)
-        self.any, self.same = tf.reduce_any(self.hidden > 0.5), tf.constant(3)
+        self.any, self.same = tf.reduce_any(self.hidden[:, 0] > 0.3), tf.constant(3)
         return self.hidden
 
 
@@ -318,14 +318,19 @@ def test_a_number_of_rows_that_python_knows(eager: bool) -> None:
 
 
 class LeavesDeviation(Encoder):
+    def __init__(self, deviation: Any) -> None:
+        super().__init__()
+        self.made = deviation
+
     def call(self, x: Any) -> Any:
-        self.deviation = tf.math.reduce_std(x)
+        self.deviation = self.made(x)
         return self.dense(x)
 
 
-def test_a_number_that_parts_cannot_make_is_named() -> None:
-    """X15: one that needs all rows."""
-    layer = LeavesDeviation()
+@pytest.mark.parametrize("made", [tf.math.reduce_std, lambda x: tf.reduce_any(x > 1e6)])
+def test_a_number_that_parts_cannot_make_is_named(made: Any) -> None:
+    """X15: one that needs all rows, or that a few rows do not tell about."""
+    layer = LeavesDeviation(made)
     layer.name = "spread"
     model = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(1)])
     with pytest.raises(ValueError, match=r"attribute 'deviation' of layer 'spread'.*no mean or"):

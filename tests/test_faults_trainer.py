@@ -400,6 +400,7 @@ class EagerCall(EagerSteps):
     train_step = keras.Model.train_step
 
 
+@pytest.mark.filterwarnings("ignore:.*unbuilt state")  # Keras tried symbols
 @pytest.mark.parametrize(
     "kind",
     [

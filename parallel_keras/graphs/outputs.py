@@ -102,7 +102,7 @@ def whole_outputs(parts: Sequence[Any], rules: Mapping[str, str], given: Given) 
     for index in doubtful:
         path, leaf = leaves[index]
         axes = following.get(index, [None] * leaf.shape.rank)
-        if axes[0] is False and _is_same(columns[index], given.tensors):
+        if axes[0] is False and is_same(columns[index], given.tensors):
             found.add(index)
         else:
             _check(path, leaf, axes)
@@ -243,7 +243,13 @@ def _resized(leaf: Any, rows: int) -> list[tuple[tf.Tensor, list[int | None]]]:
     return list(zip(parts, shapes, strict=True))
 
 
-def _is_same(column: Sequence[Any], sources: Sequence[tf.Tensor]) -> bool:
+def is_same(column: Sequence[Any], sources: Sequence[tf.Tensor]) -> bool:
+    """Whether what each tower returned is the same, as it does not depend on the rows.
+
+    Args:
+        column: What each tower returned.
+        sources: What the first one was given.
+    """
     if tf.executing_eagerly():
         first = column[0]
         return all(

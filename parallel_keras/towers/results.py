@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.graphs.outputs import Given, are_by_rows, whole_outputs
+from parallel_keras.graphs.outputs import Given, are_by_rows, is_same, whole_outputs
 from parallel_keras.nests import floats, is_float, replaced
 from parallel_keras.shard import Shards
 from parallel_keras.towers import left_behind
@@ -244,6 +244,11 @@ class Pass:
     def _number(self, path: str, column: list[tf.Tensor]) -> tf.Tensor:
         """A single number that was left on a layer, of the whole batch."""
         kind = self.given.kind(path)
+        if column[0].dtype == tf.bool and kind not in ("max", "min"):
+            # A few rows may all be on one side.
+            if is_same(column, self.given.tensors):
+                return column[0]
+            kind = "none"
         if kind == "none":
             name = path.rsplit("/", maxsplit=1)[-1]
             raise ValueError(
