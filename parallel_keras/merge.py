@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
@@ -17,7 +17,7 @@ def outputs(
     parts: Sequence[Any],
     shards: Shards,
     rules: Mapping[str, str] | None = None,
-    whole: Collection[int] = (),
+    found: Mapping[int, str] | None = None,
 ) -> Any:
     """Joins the outputs of the towers, rows in order: the inverse of `shard`.
 
@@ -25,7 +25,7 @@ def outputs(
     |------------------------------|-----------------------------------------------|
     | dense, ragged, sparse, string | concatenated by rows                         |
     | rank 0                       | mean weighted by rows, or as `rules` says     |
-    | `None`, Python values        | the first tower's                             |
+    | `None`, Python values, text of rank 0 | the first tower's                    |
 
     Args:
         parts: Sequence of nests, one for each tower, all of one structure.
@@ -34,8 +34,8 @@ def outputs(
             `"pad"` (fill the parts up with zeros to the largest size),
             `"whole"` (the same on every tower: take the first), `"mean"` or
             `"sum"` (rank 0 only). Defaults to none.
-        whole: The numbers of the leaves that are known to be the same on every
-            tower. Defaults to none.
+        found: Mapping from the number of a leaf to the rule that was found for it: one of
+            those, `"max"` or `"min"` (rank 0 only). Defaults to none.
 
     Returns:
         A nest of the structure of one part.
@@ -56,9 +56,13 @@ def outputs(
     flat = [nests.flatten_with_paths(part) for part in parts]
     paths = [path for path, _ in flat[0]]
     columns = zip(*[[leaf for _, leaf in leaves] for leaves in flat], strict=True)
-    rule_of = dict.fromkeys(whole, "whole")
     merged = [
-        _join(list(column), shards, _name(path), (rules or {}).get(_last(path), rule_of.get(index)))
+        _join(
+            list(column),
+            shards,
+            _name(path),
+            (rules or {}).get(_last(path), (found or {}).get(index)),
+        )
         for index, (path, column) in enumerate(zip(paths, columns, strict=True))
     ]
     return nests.packed(parts[0], merged)
@@ -167,6 +171,28 @@ def increments(old: tf.Tensor, new: Sequence[tf.Tensor], shares: Sequence[tf.Ten
     return old + live_sum([value - old for value in new], shares)
 
 
+def extreme(values: Sequence[tf.Tensor], kind: str) -> tf.Tensor:
+    """The largest or smallest of one value from each tower, or whether any or all are true.
+
+    Args:
+        values: Sequence of tensors of one shape. That of a tower without rows is another one's.
+        kind: `"max"` or `"min"`.
+
+    Returns:
+        A tensor like one value.
+
+    Example:
+    >>> from parallel_keras import merge
+    >>> merge.extreme([tf.constant([1, 4]), tf.constant([3, 2])], "max").numpy().tolist()
+    [3, 4]
+    """
+    if values[0].dtype == tf.bool:
+        pick = tf.reduce_any if kind == "max" else tf.reduce_all
+    else:
+        pick = tf.reduce_max if kind == "max" else tf.reduce_min
+    return pick(tf.stack(values), axis=0)
+
+
 def moving_moments(
     means: Sequence[Sequence[tf.Tensor]],
     variances: Sequence[tf.Tensor],
@@ -209,6 +235,8 @@ def moving_moments(
 
 def _join(column: list[Any], shards: Shards, name: str, rule: str | None) -> Any:
     first = column[0]
+    if isinstance(first, (int, float)) and rule in ("sum", "max", "min"):
+        return sum(column) if rule == "sum" else max(column) if rule == "max" else min(column)
     if not tf.is_tensor(first) or rule == "whole":
         return first
     if first.shape.rank == 0:
@@ -226,6 +254,10 @@ def _join(column: list[Any], shards: Shards, name: str, rule: str | None) -> Any
 
 
 def _join_scalars(column: list[tf.Tensor], shards: Shards, rule: str | None) -> tf.Tensor:
+    if column[0].dtype == tf.string:  # A constant, as nothing makes one text of several rows.
+        return column[0]
+    if rule in ("max", "min"):
+        return extreme(column, rule)
     return (live_sum if rule == "sum" else mean)(column, shards.shares())
 
 

@@ -120,6 +120,57 @@ def test_terms_that_look_at_several_rows_are_named(caplog: pytest.LogCaptureFixt
     assert [r for r in caplog.records if "no mean or sum over rows" in r.message]
 
 
+class Noisy(keras.layers.Layer):
+    """Adds a term of noisy inputs to the loss, as a variational autoencoder does."""
+
+    def __init__(self, reduce: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.reduce = reduce
+        self.norm = keras.layers.BatchNormalization(momentum=0.5)
+        self.drop = keras.layers.Dropout(0.2)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        self.add_loss(self.reduce(self.drop(self.norm(x, training=training) + 3.0) ** 2))
+        return x
+
+
+@pytest.mark.parametrize(("reduce", "source"), [(OPS.sum, "found_sum"), (OPS.mean, "add_loss")])
+def test_random_terms(reduce: Any, source: str, caplog: pytest.LogCaptureFixture) -> None:
+    """X9: where a layer draws or normalises, it is tried without."""
+    template = keras.Sequential([keras.Input((6,)), Noisy(reduce), keras.layers.Dense(2)])
+    parallel = pk.DataParallelModel(template, 3)
+    parallel.compile("sgd", "mse")
+    x, y = rows(7, 6), rows(7, 2)
+    parallel.train_on_batch(x, y)
+    # Normalised rows plus 3, squared: 10 in the mean.
+    losses = parallel.evaluate(x, y, verbose=0)
+    count = x.size if source == "found_sum" else 1
+    assert 0.5 * 10 * count < losses < 2 * 10 * count
+    assert not [r for r in caplog.records if "could not be found out" in r.message]
+
+
+@pytest.mark.parametrize(("reduce", "said"), [(OPS.sum, 0), (OPS.mean, 2)])
+def test_terms_that_are_always_random(
+    reduce: Any, said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """X9: a sum is told from others, and each layer of which nothing is known is named."""
+
+    class Draws(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            self.add_loss(0.1 * reduce((x + keras.random.normal(OPS.shape(x))) ** 2))
+            return x
+
+    template = keras.Sequential([keras.Input((6,)), Draws(), Draws()])
+    parallel = pk.DataParallelModel(template, 3)
+    parallel.compile("sgd", "mse")
+    x = rows(7, 6)
+    loss = parallel.evaluate(x, x, verbose=0)
+    expected = 2 * 0.1 * 2 * (1 if said else x.size)
+    assert 0.5 * expected < loss < 2 * expected
+    found = [r.message for r in caplog.records if "could not be found out" in r.message]
+    assert len(found) == len(set(found)) == said
+
+
 def test_terms_about_pairs_of_rows() -> None:
     """X9: no tower can compute its part of them."""
     _, parallel = pair(

@@ -90,6 +90,63 @@ def test_otherwise(name: str, mode: str) -> None:
     assert_same_fit(bare, parallel, rows(13, 3), rows(13, 2), batch_size=6)
 
 
+INTEGERS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
+    "rows": ("int32", lambda n, x: n + OPS.shape(x)[0]),
+    "steps": ("int32", lambda n, x: n + 1),
+    "positive": ("int64", lambda n, x: n + OPS.sum(OPS.cast(x > 0, "int64"), axis=0)),
+    "largest": ("int32", lambda n, x: OPS.maximum(n, OPS.max(OPS.cast(9 * x, "int32"), axis=0))),
+    "any": ("bool", lambda n, x: OPS.logical_or(n, OPS.any(x > 0.5, axis=0))),
+    "all": ("bool", lambda n, x: OPS.logical_and(n, OPS.all(x > -0.9, axis=0))),
+}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers(name: str, eager: bool) -> None:
+    """X10: what is counted, and what is the largest or any; towers with as many rows, too."""
+    dtype, new = INTEGERS[name]
+
+    class Counts(keras.layers.Layer):
+        def build(self, shape: Any) -> None:
+            start = "ones" if dtype == "bool" else "zeros"
+            self.moved = self.add_weight(
+                shape=(3,), initializer=start, trainable=False, dtype=dtype, name="moved"
+            )
+
+        def call(self, x: Any) -> Any:
+            self.moved.assign(new(self.moved, x))
+            return x
+
+    models = pair(
+        lambda: keras.Sequential([keras.Input((3,)), Counts(), keras.layers.Dense(2)]),
+        3,
+        loss="mse",
+        optimizer="sgd",
+        run_eagerly=eager,
+    )
+    for count in (6, 7):
+        for model in models:
+            model.train_on_batch(rows(count, 3), rows(count, 2))
+        counted = [getattr(model, "template", model).layers[0].moved.numpy() for model in models]
+        np.testing.assert_array_equal(counted[1], counted[0])
+
+
+def test_integers_that_parts_cannot_move() -> None:
+    """X10: a place in a ring."""
+
+    class Ring(keras.layers.Layer):
+        def build(self, shape: Any) -> None:
+            self.place = self.add_weight(shape=(), dtype="int32", trainable=False, name="place")
+
+        def call(self, x: Any) -> Any:
+            self.place.assign((self.place + OPS.shape(x)[0]) % 8)
+            return x
+
+    parallel = pk.DataParallelModel(keras.Sequential([keras.Input((3,)), Ring()]), 3)
+    with pytest.raises(ValueError, match=r"place' is made of the rows in a way that parts"):
+        parallel(rows(7, 3))
+
+
 class Codebook(keras.layers.Layer):
     """Vectors that follow the inputs nearest to them, by moving sums of counts and inputs."""
 

@@ -197,3 +197,88 @@ def test_as_many_columns_as_rows_of_a_ragged_batch() -> None:
     expected = template(ragged)
     parallel = pk.DataParallelModel(template, TOWERS)
     np.testing.assert_allclose(parallel(ragged), expected, rtol=RTOL, atol=ATOL)
+
+
+# Outputs that are one number, by what joins those of parts of the batch.
+NUMBERS: dict[str, Callable[[Any, Any], Any]] = {
+    "mean": lambda h, dense: OPS.mean(h),
+    "sum": lambda h, dense: OPS.sum(h),
+    "largest": lambda h, dense: OPS.max(h),
+    "rows": lambda h, dense: OPS.shape(h)[0],
+    "of weights": lambda h, dense: OPS.sum(dense.kernel),
+    "text": lambda h, dense: tf.constant("units"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers(name: str) -> None:
+    """X7: one number of all rows, on as many rows on each device, too."""
+    template = Returns(lambda h, dense: [make(h, dense) for make in [NUMBERS[name]]])
+    parallel = pk.DataParallelModel(template, TOWERS)
+    for count in (6, 7):
+        expected, actual = (
+            keras.tree.flatten(model(rows(count, 3))) for model in (template, parallel)
+        )
+        if name == "text":
+            assert actual[0].numpy() == expected[0].numpy()
+        else:
+            np.testing.assert_allclose(actual[0], expected[0], rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda h, d: OPS.concatenate([h, 2 * h], 0), lambda h, d: OPS.tile(h, (2, 1))]
+)
+def test_rows_out_of_order(make: Any) -> None:
+    """X7: two views of each row, all of one before all of the other."""
+    parallel = pk.DataParallelModel(Returns(make), TOWERS)
+    for count in (6, 7):
+        with pytest.raises(
+            ValueError, match=r"rows of the batch in order.*output deep/0.*Received"
+        ):
+            parallel(rows(count, 3))
+
+
+class Over(keras.layers.Layer):
+    """Applies a function to its inputs `(batch, 4)`."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__(name="over")
+        self.function = function
+
+    def call(self, x: Any) -> Any:
+        return self.function(x)
+
+
+MIXING: dict[str, Callable[[], keras.layers.Layer]] = {
+    "reversed": lambda: Over(lambda x: x[::-1]),
+    "centred": lambda: Over(lambda x: x - OPS.mean(x, axis=0)),
+    "mixed up": lambda: Over(lambda x: 0.8 * x + 0.2 * tf.gather(x, tf.argsort(x[:, 0]))),
+    "summed up": lambda: Over(lambda x: OPS.cumsum(x, axis=0)),
+    "attention": lambda: Over(
+        lambda x: OPS.matmul(OPS.softmax(OPS.matmul(x, OPS.transpose(x))), x)
+    ),
+    "axis": lambda: keras.layers.Softmax(axis=0, name="over"),
+}
+APART: dict[str, Callable[[], keras.layers.Layer]] = {
+    "largest taken off": lambda: Over(lambda x: OPS.softmax(x - OPS.max(x))),
+    "mean of a row": lambda: Over(lambda x: x - OPS.mean(x, axis=-1, keepdims=True)),
+    "norm": lambda: keras.layers.BatchNormalization(synchronized=True),
+    "recurrent": lambda: keras.Sequential([keras.layers.Reshape((2, 2)), keras.layers.GRU(4)]),
+}
+
+
+@pytest.mark.parametrize("name", [*MIXING, *APART])
+def test_layers_that_look_at_several_rows_are_named(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """X13: no error, as it may be meant so, but nobody is left without a word; once."""
+    layer = {**MIXING, **APART}[name]()
+    template = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(2)])
+    parallel = pk.DataParallelModel(template, TOWERS)
+    parallel.compile("sgd", "mse")
+    parallel.predict(rows(7, 4), verbose=0)
+    if name in MIXING:
+        parallel.evaluate(rows(6, 4), rows(6, 2), verbose=0)
+    said = [r.getMessage() for r in caplog.records if "several rows at once" in r.getMessage()]
+    assert len(said) == (name in MIXING)
+    assert all("in layer 'over'" in message for message in said)

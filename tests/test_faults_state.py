@@ -260,6 +260,26 @@ def test_state_outside_of_keras_is_refused_without_a_graph() -> None:
         parallel.predict(rows(7, 4), verbose=0)
 
 
+SEEN = {"everywhere": [tf.Variable(0)]}
+
+
+def count_everywhere(kept: Any, x: tf.Tensor) -> None:
+    SEEN["everywhere"][0].assign_add(tf.shape(x)[0])
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("of_module", [False, True])
+def test_state_that_no_layer_has_is_refused(of_module: bool, eager: bool) -> None:
+    """X6: it is found by the code that uses it."""
+    own = tf.Variable(0)
+    change, name = (count_everywhere, "SEEN") if of_module else (lambda n, x: own.assign(1), "own")
+    template = keras.Sequential([keras.Input((4,)), Keeps(None, change)])
+    parallel = pk.DataParallelModel(template, 3)
+    parallel.compile("sgd", "mse", run_eagerly=eager)
+    with pytest.raises(ValueError, match=f"'{name}.*' of layer 'keeps.*devices=1"):
+        parallel.predict(rows(7, 4), verbose=0)
+
+
 def test_state_outside_of_keras_is_kept_on_one_tower() -> None:
     """X6: one device does it once."""
     layer = Keeps(tf.Variable(0), lambda n, x: n.assign_add(1))

@@ -95,7 +95,7 @@ class Custom(keras.layers.Layer):
     def call(self, x: tf.Tensor) -> tf.Tensor:
         @tf.custom_gradient
         def halved(x: tf.Tensor) -> Any:
-            def back(up: tf.Tensor, variables: Any = ()) -> Any:
+            def back(up: tf.Tensor, variables: Any = None) -> Any:
                 left = 0.5 * tf.matmul(up, self.kernel, transpose_b=True)
                 return left, [0.5 * tf.matmul(x, up, transpose_a=True) for _ in variables]
 

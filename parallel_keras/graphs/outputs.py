@@ -16,6 +16,7 @@ Axes = list[bool | None]
 _OUTPUT = re.compile(r"output (\d+/[\w/]+)")
 # Two numbers of rows that are not each other's multiples.
 _FEW, _MORE = 4, 7
+_OF_NUMBERS = ("max", "min", "sum")
 
 
 class Given(NamedTuple):
@@ -29,6 +30,7 @@ class Given(NamedTuple):
         known: What a functional template knows of its outputs: the shape of each leaf.
         left: Function from a number of rows to what is left on layers then, see `left_behind`.
         layer: Function from the path of what is left to what an error says of it.
+        joins: Function that gives what joins the leaves of outputs, see `towers.probe`.
         penalty: Function from the number of a layer, and its activity over the whole batch, to
             what its activity regulariser makes of that.
         kind: Function from the path of a single number that is left to how it depends on the
@@ -43,13 +45,14 @@ class Given(NamedTuple):
     known: list[tuple[int | None, ...]]
     left: Callable[[int], Any]
     layer: Callable[[str], str]
+    joins: Callable[[], list[str]]
     penalty: Callable[[str, tf.Tensor], tf.Tensor]
     kind: Callable[[str], str]
     rows_left: Callable[[], list[tuple[str, str]]]
 
     def of_left(self) -> Given:
         """What is known of what is left on layers, instead of the outputs."""
-        return self._replace(sizes=self.left, known=[])
+        return self._replace(sizes=self.left, known=[], joins=list)
 
     def on_layers(self, message: str) -> str:
         """What an error about an output says where it is about what was left on a layer."""
@@ -68,8 +71,8 @@ class Given(NamedTuple):
         return [leaf for leaf in flatten(self.leaves) if isinstance(leaf, tf.Tensor)]
 
 
-def whole_outputs(parts: Sequence[Any], rules: Mapping[str, str], given: Given) -> set[int]:
-    """Which leaves of the outputs do not depend on the rows at all.
+def found_rules(parts: Sequence[Any], rules: Mapping[str, str], given: Given) -> dict[int, str]:
+    """By which rules leaves of the outputs are merged that do not have rows.
 
     Only outputs that may not have the rows on their first axis alone cost anything: what the
     towers' graphs know of their sizes is enough for all others.
@@ -80,7 +83,8 @@ def whole_outputs(parts: Sequence[Any], rules: Mapping[str, str], given: Given) 
         given: What else is known.
 
     Returns:
-        The numbers of the leaves that are the same on every tower.
+        By the number of a leaf `"whole"`, if it is the same on every tower, or what joins
+        numbers.
 
     Raises:
         ValueError: If a leaf can be merged by no rule, naming it.
@@ -88,14 +92,13 @@ def whole_outputs(parts: Sequence[Any], rules: Mapping[str, str], given: Given) 
     flat = [flatten_with_paths(part) for part in parts]
     leaves = flat[0]
     columns = [[leaf for _, leaf in column] for column in zip(*flat, strict=True)]
-    doubtful = [
+    open_ = [
         index
         for index, (path, _) in enumerate(leaves)
-        if (str(path[-1]) if path else "output") not in rules
-        and not given.has_rows_alone(index)
-        and is_doubtful(columns[index], given.counts)
+        if (str(path[-1]) if path else "output") not in rules and not given.has_rows_alone(index)
     ]
-    found: set[int] = set()
+    found = _of_scalars(columns, open_, given)
+    doubtful = [index for index in open_ if is_doubtful(columns[index], given.counts)]
     if not doubtful:
         return found
     following = _following([leaf for _, leaf in leaves], doubtful, given)
@@ -103,10 +106,45 @@ def whole_outputs(parts: Sequence[Any], rules: Mapping[str, str], given: Given) 
         path, leaf = leaves[index]
         axes = following.get(index, [None] * leaf.shape.rank)
         if axes[0] is False and is_same(columns[index], given.tensors):
-            found.add(index)
+            found[index] = "whole"
         else:
             _check(path, leaf, axes)
+            if _is_more(columns[index], given.counts) and _answer(index, given) == "mixed":
+                _refuse_order(path, leaf)
     return found
+
+
+def _of_scalars(columns: list[list[Any]], chosen: list[int], given: Given) -> dict[int, str]:
+    """What joins the numbers among the outputs, but for means."""
+    scalars = [index for index in chosen if _may_be_joined(columns[index][0])]
+    answers = {index: _answer(index, given) for index in scalars}
+    return {index: answer for index, answer in answers.items() if answer in _OF_NUMBERS}
+
+
+def _may_be_joined(first: Any) -> bool:
+    """Whether an output is a number: also a constant may be how many rows there are."""
+    if isinstance(first, tf.Tensor):
+        return bool(first.shape.rank == 0 and first.dtype != tf.string)
+    return isinstance(first, (int, float)) and not isinstance(first, bool)
+
+
+def _answer(index: int, given: Given) -> str:
+    return dict(enumerate(given.joins())).get(index, "unknown")
+
+
+def _is_more(column: Sequence[tf.Tensor], rows: Sequence[Any]) -> bool:
+    """Whether an output is not known to have one value for each row."""
+    return any(one.shape[0] != count for one, count in zip(column, rows, strict=False))
+
+
+def _refuse_order(path: tuple[Any, ...], leaf: tf.Tensor) -> None:
+    raise ValueError(
+        f"Expected the rows of the batch in order on the first axis of {_named(path)}: each device "
+        f"has only a part of them. Received: shape={tuple(leaf.shape)} from a tower, with several "
+        "values for a row that are not next to each other, or made of several rows, as "
+        "tf.concat([a, b], axis=0) and tf.tile do. Return them as outputs of their own, or "
+        "beside each other on another axis, and put them together after the merge."
+    )
 
 
 def is_doubtful(column: Sequence[Any], rows: Sequence[Any]) -> bool:
@@ -129,7 +167,7 @@ def is_doubtful(column: Sequence[Any], rows: Sequence[Any]) -> bool:
     if len({count for _, count in known}) > 1:  # The sizes of two towers tell.
         inners = {tuple(shape[1:]) for shape, _ in known}
         ratios = {None if shape[0] is None else shape[0] / count for shape, count in known}
-        return len(inners) > 1 or len(ratios) > 1
+        return len(inners) > 1 or ratios != {1.0}
     return size != rows[0] or any(axis is None or axis % rows[0] == 0 for axis in inner)
 
 
@@ -258,8 +296,12 @@ def is_same(column: Sequence[Any], sources: Sequence[tf.Tensor]) -> bool:
     return not depends_on_rows(Spot(column[0]), sources)
 
 
+def _named(path: tuple[Any, ...]) -> str:
+    return f"output {'/'.join(map(str, path))}" if path else "the output"
+
+
 def _check(path: tuple[Any, ...], leaf: tf.Tensor, axes: Axes) -> None:
-    name = f"output {'/'.join(map(str, path))}" if path else "the output"
+    name = _named(path)
     received = f"Received: shape={tuple(leaf.shape)} from a tower."
     others = [axis for axis, follows in enumerate(axes) if axis and follows]
     if others:

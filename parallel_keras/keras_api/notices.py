@@ -128,7 +128,9 @@ def _normalises_by_shard(layer: keras.layers.Layer) -> bool:
 
 def _draws(layer: keras.layers.Layer) -> bool:
     drawing = any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
-    return drawing and getattr(layer, "rate", None) != 0
+    rates = [getattr(layer, name, None) for name in ("rate", "dropout", "recurrent_dropout")]
+    known = [rate for rate in rates if isinstance(rate, (int, float))]
+    return drawing and (not known or any(known))
 
 
 def _and_others(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat, merge
 from parallel_keras.graphs.graph import hide_value
-from parallel_keras.graphs.outputs import are_by_rows, are_rows, whole_outputs
+from parallel_keras.graphs.outputs import are_by_rows, are_rows, found_rules
 from parallel_keras.shard import Shards
 from parallel_keras.steps.loss_results import LossResult, TowerRun
 from parallel_keras.towers.call import as_call, takes_training
@@ -234,8 +234,8 @@ class StepResult:
         given = towers.given(self.run.shards)
         first = towers.workers.first
         here = parts[first : first + len(given.counts)]
-        whole = whole_outputs(here, towers.rules, given) if len(parts) > 1 else ()
-        return merge.outputs(parts, self.run.shards, towers.rules, whole)
+        found = found_rules(here, towers.rules, given) if len(parts) > 1 else {}
+        return merge.outputs(parts, self.run.shards, towers.rules, found)
 
     def update_counters(self) -> None:
         """Adds what the towers counted to compiled metrics and loss trackers."""

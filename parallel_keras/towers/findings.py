@@ -12,6 +12,7 @@ copies of one trace disturb each other. The operations of its graph show that:
 | an assignment to what is no variable of Keras           | refused                              |
 | a change to a table                                     | refused                              |
 | a resource that calls wait for, in towers that talk     | refused                              |
+| what goes over the first axis, in layers of the user's  | the model is asked, and the log told |
 
 Most models do nothing of this, and the look is all that they pay.
 """
@@ -29,8 +30,12 @@ import numpy as np
 import tensorflow as tf
 
 from parallel_keras.graphs.function_bodies import Bodies
+from parallel_keras.graphs.graph import depends_on
+from parallel_keras.graphs.mixing import may_mix
 from parallel_keras.towers.naming import Outside, name_of
 from parallel_keras.towers.needs import Needs, TraceAgain
+from parallel_keras.towers.probe import Names
+from parallel_keras.towers.saying import warn_once
 from parallel_keras.towers.seeds import is_seed
 
 if TYPE_CHECKING:
@@ -110,6 +115,12 @@ class Trace:
             if inner.dtype == tf.resource and id(outer) not in given:
                 yield outer, list(self.bodies.users(inner))
 
+    def parts(self) -> list[tf.Tensor]:
+        """What the tower was given besides weights."""
+        others = {id(inner) for _, inner in self.graph.captures} | set(map(id, self.given))
+        given = [op.outputs[0] for op in self.by_type["Placeholder"]]
+        return [tensor for tensor in given if id(tensor) not in others]
+
     def variables(self) -> dict[int, keras.Variable]:
         """The variables that the tower knows, by the id of their handle."""
         known = self.tower.variables
@@ -142,8 +153,15 @@ def _streams(trace: Trace) -> None:
         raise TraceAgain(apart=True)
 
 
-def _hidden(trace: Trace) -> None:
-    """Weights that a custom gradient uses: TensorFlow finds them by looking for variables."""
+def look_for_hidden(trace: Trace) -> None:
+    """Looks for weights that a custom gradient uses: TensorFlow looks for variables.
+
+    Args:
+        trace: The tower that was just traced, also if that failed.
+
+    Raises:
+        TraceAgain: If there are any that were no variables.
+    """
     found: set[int] = set()
     for graph in {id(graph): graph for graph in (trace.graph, *trace.inner)}.values():
         here = graph is trace.graph
@@ -285,4 +303,37 @@ def _weights(trace: Trace) -> None:
     _read_as_variables(trace, [variable for variable in missing if variable.trainable])
 
 
-_TABLE: tuple[Callable[[Trace], None], ...] = (_streams, _hidden, _resources, _weights)
+def _mixing(trace: Trace) -> None:
+    """Layers that look at several rows at once: no error, as it may be meant so, but said."""
+    if trace.alone:
+        return
+    names = Names(trace.tower.template)
+    parts = trace.parts()
+    found = (
+        op
+        for op, tensors in may_mix(trace.by_type, names.may_mix)
+        if any(depends_on(tensor, parts) for tensor in tensors)
+    )
+    op = next(found, None)
+    if op is None or "mixed" not in trace.tower.joins():
+        return
+    layer = names.layer(op.name)
+    warn_once(
+        trace.tower.template,
+        "Other numbers than on one device: the outputs of %s for a batch are not those for its "
+        "parts, so it looks at several rows at once, likely in layer %r (%s), and each device has "
+        "only some of them. Compute it from the merged outputs, in the loss or in a train_step of "
+        "the model's own. parallel_keras.verify(parallel, batch) shows what differs.",
+        trace.tower.template.name,
+        layer.name if layer is not None else "",
+        op.type,
+    )
+
+
+_TABLE: tuple[Callable[[Trace], None], ...] = (
+    _streams,
+    look_for_hidden,
+    _resources,
+    _weights,
+    _mixing,
+)

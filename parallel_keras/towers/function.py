@@ -103,7 +103,13 @@ class TowerFunction:
         stand_ins = {id(self._tower.variables[index]) for index in self._needs.stand_ins}
         lent = Lent(given[known:], stand_ins, self._function is None and self._alone)
         with self._tower.lent(lent):
-            result = self._body(given[:known], *rest)
+            try:
+                result = self._body(given[:known], *rest)
+            except Exception:
+                # The way back of a custom gradient may be lost without the variables it uses.
+                if self._function is not None:
+                    findings.look_for_hidden(self._trace_of(given, lent.inner_graphs))
+                raise
         if self._function is not None:
             findings.look_at(self._trace_of(given, lent.inner_graphs))
         return result

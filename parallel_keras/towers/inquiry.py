@@ -58,6 +58,7 @@ class Inquiry:
         layers = _compat.all_layers(self._tower.template)
         layer = functools.partial(left_behind.name_of, layers)
         tower = self._tower
+        joins = list if "whole" in self._rules.values() else tower.joins
         return Given(
             counts,
             leaves,
@@ -65,6 +66,7 @@ class Inquiry:
             known,
             left,
             layer,
+            joins,
             tower.penalty,
             tower.kind_of_left,
             tower.counts,

@@ -1,4 +1,4 @@
-"""What layers make of their rows: floats that they move, terms of the loss, numbers they leave.
+"""What layers make of their rows: what they move by them, terms of the loss, numbers they leave.
 
 Nothing declares that, and a graph does not tell. So a layer that does it is tried, once, on a
 few random rows: what it makes of two groups of rows must come from what it makes of each.
@@ -17,11 +17,10 @@ import tensorflow as tf
 from parallel_keras import _compat
 from parallel_keras.graphs.graph import calling
 from parallel_keras.towers.reachable import functions_of
-from parallel_keras.towers.recompute import RecomputeScope
-from parallel_keras.towers.trial import GROUPS, Trial, is_mean, is_random, near
+from parallel_keras.towers.recompute import values_are_known
+from parallel_keras.towers.seeds import is_seed
+from parallel_keras.towers.trial import GROUPS, MANY, TRIED, Trial, is_mean, is_random, near
 
-# The groups of rows that a layer is tried on, alone and together.
-_TRIED = ("a", "b", "c", "ab", "ac")
 # Layers whose variables are known not to move by rows, or have rules of their own.
 _KNOWN = (
     keras.layers.BatchNormalization,
@@ -29,14 +28,17 @@ _KNOWN = (
     keras.layers.SpectralNormalization,
 )
 _ROUNDING = 5e-7
+# How often a random term is tried, and how far a ratio of the means may be off.
+_TIMES = 8
+_RATIO_OFF = 0.15
 
 
 class Move(NamedTuple):
     """How the values that towers gave to a variable become one.
 
     Attributes:
-        kind: `"mean"`, `"sum"`, `"max"`, `"min"`; `"none"` if no such rule is right, and
-            `"unknown"` if it could not be found out.
+        kind: `"mean"`, `"sum"`, `"max"`, `"min"`; `"steps"` if an integer moved whatever the rows
+            were, `"none"` if no such rule is right, and `"unknown"` if it could not be found out.
         decay: What a sum is added to, as a part of the old value.
     """
 
@@ -77,7 +79,7 @@ class Moving:
 
         def noting(layer: keras.layers.Layer, original: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                self._calls.setdefault(id(layer), (_specs(args), _specs(kwargs)))
+                self._calls.setdefault(id(layer), (specs(args), specs(kwargs)))
                 return original(*args, **kwargs)
 
             return call
@@ -92,7 +94,7 @@ class Moving:
         """How a variable moves, found out when it is first asked for.
 
         Args:
-            variable: A variable of floats that a layer assigned.
+            variable: A variable that a layer assigned.
 
         Returns:
             The `Move`.
@@ -103,7 +105,7 @@ class Moving:
             self._moves[id(variable)] = self._find_out(variable)
         return self._moves[id(variable)]
 
-    def terms(self, layer: keras.layers.Layer) -> list[str]:
+    def terms(self, layer: keras.layers.Layer) -> list[str] | None:
         """How the terms that a layer gives to `add_loss` depend on the rows.
 
         Args:
@@ -111,11 +113,11 @@ class Moving:
 
         Returns:
             For each of its terms `"mean"`, `"sum"`, `"none"` if it is neither, or `"unknown"`.
-            Empty if nothing could be found out.
+            Empty if nothing could be found out, `None` where nothing needs to be.
         """
-        scope = _compat.stateless_scope()
-        symbolic = scope is not None and not isinstance(scope, RecomputeScope)
-        if symbolic or id(layer) not in self._calls:
+        if not values_are_known():
+            return None
+        if id(layer) not in self._calls:
             return []
         if id(layer) not in self._terms:
             self._terms[id(layer)] = self._try_terms(layer)
@@ -146,7 +148,7 @@ class Moving:
             return []
         try:
             with tf.init_scope():
-                return _judge_terms(Trial(layer, self._calls[id(layer)]))
+                return _judge_terms(layer, self._calls[id(layer)])
         except Exception:  # noqa: BLE001 (a layer that cannot be tried may fail in any way)
             return []
 
@@ -163,51 +165,79 @@ class Moving:
 
 
 def _judge(trial: Trial, variable: keras.Variable) -> Move:
-    shape = tuple(variable.shape)
-    signs = trial.random.choice([-1.0, 1.0], shape)
-    olds = [signs * trial.random.uniform(5, 15, shape) for _ in range(3)]
-    seen = [{g: trial.new(variable, g, old) for g in _TRIED} for old in olds]
+    dtype = tf.as_dtype(variable.dtype)
+    olds = _olds(trial, tuple(variable.shape), dtype)
+    seen = [{g: trial.new(variable, g, old) for g in TRIED} for old in olds]
     if not all(np.isfinite(value).all() for values in seen for value in values.values()):
         return Move("unknown")
     first = seen[0]
-    if near(first["a"], first["b"]) and near(first["a"], first["c"]):
-        return Move("unknown")
-    if all(map(is_mean, seen)):
+    if all(near(v["a"], v["b"]) and near(v["a"], v["c"]) for v in seen):
+        counts = not dtype.is_floating and not near(first["a"], olds[0])
+        return Move("steps" if counts else "unknown")
+    if dtype.is_floating and all(map(is_mean, seen)):
         return Move("mean")
     for kind, pick in (("max", np.maximum), ("min", np.minimum)):
         if all(near(v["a" + g], pick(v["a"], v[g])) for v in seen for g in "bc"):
             return Move(kind)
-    decay = _decay(olds, seen)
-    if decay is not None:
+    decay = None if dtype.is_bool else _decay(olds, seen)
+    if decay == 1.0 or (decay is not None and dtype.is_floating):
         return Move("sum", decay)
     other = trial.new(variable, "a", olds[0], shift=1)
     return Move("unknown" if is_random(trial.layer, first["a"], other) else "none")
 
 
-def _judge_terms(trial: Trial) -> list[str]:
-    seen = {groups: trial.terms(groups) for groups in _TRIED}
+def _olds(trial: Trial, shape: tuple[int, ...], dtype: tf.DType) -> list[Any]:
+    """Values that a variable may have had before, of either sign at each place."""
+    if dtype.is_bool:
+        return [np.zeros(shape), *(trial.random.integers(0, 2, shape) for _ in range(2))]
+    signs = trial.random.choice([-1.0, 1.0], shape)
+    olds = [sign * signs * trial.random.uniform(5, 15, shape) for sign in (1, -1, 1)]
+    return olds if dtype.is_floating else [np.round(old) for old in olds]
+
+
+def _judge_terms(layer: keras.layers.Layer, call: tuple[Any, ...]) -> list[str]:
+    kinds = _terms_of(Trial(layer, call))
+    if "unknown" in kinds and call[1].get("training"):
+        # What drops or normalises rows does not while it is not trained.
+        calm = _terms_of(Trial(layer, (call[0], {**call[1], "training": False})))
+        if len(calm) == len(kinds):
+            kinds = [k if k != "unknown" else c for k, c in zip(kinds, calm, strict=True)]
+    return kinds
+
+
+def _terms_of(trial: Trial) -> list[str]:
+    seen = {groups: trial.terms(groups) for groups in TRIED}
     other = trial.terms("a", shift=1)
     count = len(other)
     if {len(terms) for terms in seen.values()} != {count}:
         return []
-    return [
+    kinds = [
         _judge_term({g: terms[i] for g, terms in seen.items()}, other[i], trial.layer)
         for i in range(count)
+    ]
+    if "unknown" not in kinds:
+        return kinds
+    many, more = ([trial.terms(MANY * times, n) for n in range(_TIMES)] for times in (1, 2))
+    return [
+        _judge_random([terms[i] for terms in many], [terms[i] for terms in more])
+        if kind == "unknown" and not np.ndim(other[i])
+        else kind
+        for i, kind in enumerate(kinds)
     ]
 
 
 def _judge_left(trial: Trial) -> dict[str, str]:
-    seen = {groups: trial.left(groups) for groups in _TRIED}
+    seen = {groups: trial.left(groups) for groups in TRIED}
     other = trial.left("a", shift=1)
     paths = [path for path in other if all(path in numbers for numbers in seen.values())]
     return {
-        path: _judge_number({g: seen[g][path] for g in _TRIED}, other[path], trial.layer)
+        path: _judge_number({g: seen[g][path] for g in TRIED}, other[path], trial.layer)
         for path in paths
     }
 
 
 def _judge_number(seen: dict[str, Any], other: Any, layer: keras.layers.Layer) -> str:
-    if all(seen[groups] == sum(GROUPS[group] for group in groups) for groups in _TRIED):
+    if all(seen[groups] == sum(GROUPS[group] for group in groups) for groups in TRIED):
         return "rows"
     for kind, pick in (("max", np.maximum), ("min", np.minimum)):
         several = seen["a"] != seen["b"] or seen["a"] != seen["c"]
@@ -224,6 +254,16 @@ def _judge_term(seen: dict[str, Any], other: Any, layer: keras.layers.Layer) -> 
     if all(near(seen["a" + group], seen["a"] + seen[group]) for group in "bc"):
         return "sum"
     return "unknown" if is_random(layer, seen["a"], other) else "none"
+
+
+def _judge_random(many: list[Any], more: list[Any]) -> str:
+    """Whether a random term is a sum: then it is about twice as large where each row is twice.
+
+    One that stays as large may be a mean, or look at several rows: that cannot be told.
+    """
+    once, twice = np.mean(many), np.mean(more)
+    noise = (np.std(many) + np.std(more)) / np.sqrt(_TIMES)
+    return "sum" if abs(twice - 2 * once) < _RATIO_OFF * abs(once) > noise else "unknown"
 
 
 def _decay(olds: Sequence[Any], seen: Sequence[dict[str, Any]]) -> float | None:
@@ -251,10 +291,11 @@ def _adds_loss(layer: keras.layers.Layer) -> bool:
 
 
 def _may_move(variable: keras.Variable) -> bool:
-    return tf.as_dtype(variable.dtype).is_floating and variable.aggregation != "only_first_replica"
+    return not is_seed(variable) and variable.aggregation != "only_first_replica"
 
 
-def _specs(nest: Any) -> Any:
+def specs(nest: Any) -> Any:
+    """The nest with a `tf.TensorSpec` for each tensor."""
     return keras.tree.map_structure(
         lambda leaf: tf.TensorSpec(leaf.shape, leaf.dtype) if tf.is_tensor(leaf) else leaf, nest
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ def name_of(template: keras.Model, handle: tf.Tensor) -> str:
         Words for a sentence.
     """
     for layer in reversed(_compat.all_layers(template)):
-        for path, value in kept_by(layer):
+        for path, value in [*kept_by(layer), *used_by(layer)]:
             if getattr(value, "handle", None) is handle or (
                 getattr(value, "resource_handle", None) is handle
             ):
@@ -46,7 +47,7 @@ class Outside:
         known = {id(variable.value) for variable in template.variables}
         self._found: dict[int, tuple[str, Any]] = {}
         for layer in reversed(_compat.all_layers(template)):
-            for path, value in kept_by(layer):
+            for path, value in [*kept_by(layer), *used_by(layer)]:
                 if isinstance(value, (tf.Variable, *TABLES)) and id(value) not in known:
                     self._found.setdefault(id(value), (f"{path!r} of layer {layer.name!r}", value))
 
@@ -85,6 +86,64 @@ def kept_by(layer: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
                 waiting.append((f"{path}{name}.", child, depth + 1))
 
 
+def used_by(layer: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
+    """What the code of a layer uses that is no attribute of it: globals, and what encloses it.
+
+    Args:
+        layer: The layer.
+
+    Yields:
+        Pairs of a name and what is there.
+    """
+    waiting = [child for _, child in kept_by(layer) if callable(child)]
+    for kind in type(layer).__mro__:
+        if not _is_of_others(kind.__module__):
+            waiting += vars(kind).values()
+    seen: set[int] = set()
+    while waiting:
+        for name, value in _named_in(waiting.pop()):
+            if id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value)
+                yield from _held(name, value, _DEPTH)
+
+
+def _held(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """A value and what it holds, by path."""
+    yield name, value
+    if depth and isinstance(value, _HOLDERS):
+        for inner, child in _inside(value):
+            yield from _held(f"{name}.{inner}", child, depth - 1)
+
+
+def _named_in(function: Any) -> list[tuple[str, Any]]:
+    """The values that a function's code names outside of it; none of functions of libraries."""
+    function = inspect.unwrap(getattr(function, "python_function", function))
+    if not isinstance(function, types.FunctionType) or _is_of_others(function.__module__):
+        return []
+    codes = [function.__code__]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    names = {name for code in codes for name in code.co_names}
+    found = {name: function.__globals__[name] for name in names & function.__globals__.keys()}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if (content := _content(cell)) is not None:
+            found[name] = content
+    return list(found.items())
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # Nothing is in it yet.
+        return None
+
+
+def _is_of_others(module: Any) -> bool:
+    return str(module).split(".")[0] in ("builtins", "keras", "tensorflow", "numpy")
+
+
+_HOLDERS = (list, dict, tuple, tf.Module, tf.random.Generator)
 # A module holds what is everybody's, and some import more of it when they are asked.
 _OTHERS = (
     *(keras.layers.Layer, keras.Variable, keras.optimizers.Optimizer),

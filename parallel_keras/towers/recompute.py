@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from parallel_keras import _compat
 from parallel_keras.towers.seeds import is_seed, tower_seed
 
 
@@ -50,3 +51,9 @@ class RecomputeScope(keras.StatelessScope):
                 'merged batch. Use loss_on="towers", or take the layer out of the '
                 "keras.RematScope."
             )
+
+
+def values_are_known() -> bool:
+    """Whether variables have their values now, and no stand-ins of a call that is symbolic."""
+    scope = _compat.stateless_scope()
+    return scope is None or isinstance(scope, RecomputeScope)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from parallel_keras import _compat, merge
-from parallel_keras.graphs.outputs import Given, are_by_rows, is_same, whole_outputs
+from parallel_keras.graphs.outputs import Given, are_by_rows, found_rules, is_same
 from parallel_keras.nests import floats, is_float, replaced
 from parallel_keras.shard import Shards
 from parallel_keras.towers import left_behind
@@ -203,12 +203,12 @@ class Pass:
     def merged(self) -> Merged:
         """What the towers returned as one, on the merge device."""
         with tf.device(self.merge_device):
-            whole: Collection[int] = ()
+            found: Mapping[int, str] = {}
             if len(self.results) > 1:
                 parts = [result.outputs for result in self.here]
-                whole = whole_outputs(parts, self.rules, self.given)
+                found = found_rules(parts, self.rules, self.given)
             outputs, masks, logits = (
-                merge.outputs(list(column), self.shards, self.rules, whole)
+                merge.outputs(list(column), self.shards, self.rules, found)
                 for column in zip(
                     *[(r.outputs, r.masks, r.logits) for r in self.results], strict=True
                 )
@@ -229,8 +229,8 @@ class Pass:
     def _tensors_left(self, parts: list[Left]) -> Left:
         here = [result.left for result in self.here]
         try:
-            whole = whole_outputs(here, self.rules, self.given.of_left())
-            merged: Left = merge.outputs(parts, self.shards, self.rules, whole)
+            found = found_rules(here, self.rules, self.given.of_left())
+            merged: Left = merge.outputs(parts, self.shards, self.rules, found)
         except ValueError as error:
             raise ValueError(self.given.on_layers(str(error))) from error
         for number, tensors in parts[0].items():

@@ -70,7 +70,7 @@ class Towers:
         self.rules = rules
         self.workers = workers
         self.homes = homes
-        self.tower = Tower(template)
+        self.tower = Tower(template, declared="add_loss" in rules)
         loops, moving = self.tower.in_loops, self.tower.moving
         self._state_rules = StateRules(template, loops, moving, rules)
         synchronized = self._state_rules.synchronized

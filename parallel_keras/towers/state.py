@@ -7,11 +7,11 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from absl import logging
 
 from parallel_keras import _compat, merge
 from parallel_keras.towers.moving import Move, Moving
 from parallel_keras.towers.results import Updates
+from parallel_keras.towers.saying import warn_once
 from parallel_keras.towers.seeds import is_seed
 
 
@@ -25,14 +25,13 @@ class StateRules:
     | `keras.metrics.Mean` fed with scalars     | mean weighted by rows, counted once        |
     | `aggregation="only_first_replica"`        | the first tower's                          |
     | BatchNormalization's moving statistics    | those of the whole batch                   |
-    | other floats                              | as `Moving` finds out: the mean by rows, a |
+    | others                                    | as `Moving` finds out: the mean by rows, a |
     |                                           | sum on a part of the old, the largest, ... |
-    | other integers and booleans               | what each tower added, added up            |
 
     Args:
         template: The model whose variables are meant.
         in_loops: The ids of the variables of which only the last value is known.
-        moving: Finds out how its layers move floats.
+        moving: Finds out how its layers move variables.
         rules: What was declared, `"mean"` or `"sum"` by the name of a variable.
     """
 
@@ -171,18 +170,13 @@ class StateRules:
     ) -> tf.Tensor:
         if is_seed(variable) or variable.aggregation == "only_first_replica":
             return values[0]
-        added_up = not values[0].dtype.is_floating and variable.aggregation == "sum"
+        dtype = values[0].dtype
+        added_up = not dtype.is_floating and variable.aggregation == "sum"
         if id(variable) in self._metric_variables or added_up:
             return merge.increments(before, values, shares)
-        if values[0].dtype.is_floating:
-            return self._moved(variable, before, values, shares)
-        if values[0].dtype.is_complex:
+        if dtype.is_complex:
             return merge.mean(values, shares)
-        if tf.executing_eagerly():
-            # Without a graph nothing tells a counter of steps from one of rows.
-            same = tf.reduce_all(tf.equal(tf.stack(values), values[0]))
-            return tf.where(same, values[0], merge.increments(before, values, shares))
-        return merge.increments(before, values, shares)
+        return self._moved(variable, before, values, shares)
 
     def _moved(
         self,
@@ -191,25 +185,13 @@ class StateRules:
         values: list[tf.Tensor],
         shares: Sequence[tf.Tensor],
     ) -> tf.Tensor:
-        if len(values) == 1:
+        move = self._move(variable, values) if len(values) > 1 else Move("steps")
+        if move.kind == "steps":
             return values[0]
-        declared = self._rules.get(variable.name)
-        if declared is None and variable.aggregation == "mean":
-            declared = "mean"
-        move = self._moving.move(variable) if declared is None else Move(declared)
-        if move.kind == "unknown":
-            move = Move("sum" if variable.aggregation == "sum" else "mean")
-            logging.log_first_n(
-                logging.WARNING,
-                "Variable %s depends on the rows, and it could not be found out how: it is taken "
-                "for a %s over rows. If it is not, its values differ from those on one device.",
-                1,
-                variable.path,
-                move.kind,
-            )
         if move.kind in ("max", "min"):
-            pick = tf.reduce_max if move.kind == "max" else tf.reduce_min
-            return pick(tf.stack(values), axis=0)
+            return merge.extreme(values, move.kind)
+        if move.kind == "sum" and move.decay == 1.0:
+            return merge.increments(before, values, shares)
         if move.kind == "sum":
             kept = before * tf.cast(move.decay, before.dtype)
             return kept + merge.live_sum([value - kept for value in values], shares)
@@ -223,3 +205,25 @@ class StateRules:
             'or have it taken for a mean, which differs from one device: rules={"'
             f'{variable.name}": "mean"}}; or use one device: devices=1.'
         )
+
+    def _move(self, variable: keras.Variable, values: list[tf.Tensor]) -> Move:
+        """How a variable moves, as declared or found out; or what it is taken for."""
+        declared = self._rules.get(variable.name)
+        if declared is None and variable.aggregation == "mean":
+            declared = "mean"
+        move = self._moving.move(variable) if declared is None else Move(declared)
+        if move.kind != "unknown":
+            return move
+        # Without a graph nothing else tells what is made of steps from what is made of rows.
+        if tf.executing_eagerly() and tf.reduce_all(tf.equal(tf.stack(values), values[0])):
+            return Move("steps")
+        counts = variable.aggregation == "sum" or not values[0].dtype.is_floating
+        move = Move("sum" if counts else "mean")
+        warn_once(
+            variable,
+            "Variable %s depends on the rows, and it could not be found out how: it is taken "
+            "for a %s over rows. If it is not, its values differ from those on one device.",
+            variable.path,
+            move.kind,
+        )
+        return move

@@ -8,19 +8,28 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from absl import logging
 
 from parallel_keras import _compat
 from parallel_keras.graphs.graph import depends_on
-from parallel_keras.towers import left_behind
+from parallel_keras.towers import left_behind, probe
 from parallel_keras.towers.call import Call, by_name, given
 from parallel_keras.towers.collectives import Peers, talking_to
 from parallel_keras.towers.losses import activity_penalty
-from parallel_keras.towers.moving import Moving
+from parallel_keras.towers.moving import Moving, specs
 from parallel_keras.towers.reachable import whole_numbers
+from parallel_keras.towers.recompute import values_are_known
 from parallel_keras.towers.results import CallResult, Updates
+from parallel_keras.towers.saying import warn_once
 from parallel_keras.towers.scope import Assigned, Lent, TowerScope
 from parallel_keras.towers.weights import Tables
+
+_TAKEN_FOR_A_MEAN = {
+    "none": "Layer %s adds a term to the loss that is no mean or sum over rows: it is taken for "
+    "one, of the parts of the batch, and so is another number than on one device.",
+    "unknown": "Layer %s adds a term to the loss, and it could not be found out whether that is a "
+    "mean or a sum over rows: it is taken for a mean. If it is none, the loss is another number "
+    'than on one device. To say it for all terms: rules={"add_loss": "sum"}, or "mean".',
+}
 
 
 class Tower:
@@ -28,6 +37,7 @@ class Tower:
 
     Args:
         template: The model.
+        declared: Whether it is declared how terms of `add_loss` are joined. Defaults to `False`.
 
     Attributes:
         tables: The embedding tables that stay where they are.
@@ -37,13 +47,15 @@ class Tower:
         moving: Finds out how layers move floats.
     """
 
-    def __init__(self, template: keras.Model) -> None:
+    def __init__(self, template: keras.Model, *, declared: bool = False) -> None:
         self.template = template
+        self._declared = declared
         self.tables = Tables(template)
         self.moving = Moving(template)
         self._variables: list[keras.Variable] = list(template.variables)
         self.count = len(self._variables)
         self.in_loops: set[int] = set()
+        self._called: tuple[Call, Any] | None = None
         self._lent = Lent()
 
     @contextlib.contextmanager
@@ -107,6 +119,7 @@ class Tower:
 
     def call_template(self, scope: TowerScope, call: Call, training: Any) -> Any:
         """Calls the template with the masks of its arguments attached to them."""
+        self._called = call, training
         keras.tree.map_structure(_compat.set_mask, call["args"], call["masks"])
         layers = _compat.all_layers(self.template)
         noting = self.moving.noting_calls()
@@ -135,6 +148,21 @@ class Tower:
             if self.moving.left(layer, name) == "rows"
         ]
 
+    def joins(self) -> probe.Answers:
+        """How the outputs of parts become those of a batch, see `probe.answers`."""
+        if self._called is None or not values_are_known():
+            return []
+        call, training = self._called
+        masked = any(mask is not None for mask in keras.tree.flatten(call["masks"]))
+        composite = any(
+            tf.is_tensor(leaf) and not isinstance(leaf, tf.Tensor)
+            for leaf in keras.tree.flatten(call)
+        )
+        if masked or composite:
+            return []
+        args, kwargs = by_name(self.template, call["args"], call["kwargs"])
+        return probe.answers(self.template, specs((args, kwargs)), training)
+
     def terms(self, scope: TowerScope) -> dict[str, list[tf.Tensor]]:
         """What the template's layers gave to `add_loss`, by source and number of the layer.
 
@@ -159,16 +187,12 @@ class Tower:
     def _kind_of_term(self, layer: keras.layers.Layer, count: int) -> str:
         """Whether a layer's term is a sum over rows, or what was declared of such terms."""
         kinds = self.moving.terms(layer)
+        if kinds is None or self._declared:
+            return "add_loss"
         # A layer that is called several times adds the same terms each time.
         kind = kinds[count % len(kinds)] if kinds else "unknown"
-        if kind == "none":
-            logging.log_first_n(
-                logging.WARNING,
-                "Layer %s adds a term to the loss that is no mean or sum over rows: it is taken "
-                "for one, of the parts of the batch, and so is another number than on one device.",
-                1,
-                layer.path,
-            )
+        if kind in _TAKEN_FOR_A_MEAN:
+            warn_once(layer, _TAKEN_FOR_A_MEAN[kind], layer.path)
         return "found_sum" if kind == "sum" else "add_loss"
 
     def kind_of_left(self, path: str) -> str:
@@ -181,11 +205,10 @@ class Tower:
         layer = _compat.all_layers(self.template)[int(number)]
         kind = self.moving.left(layer, attribute)
         if kind == "unknown":
-            logging.log_first_n(
-                logging.WARNING,
+            warn_once(
+                layer,
                 "A number that `call` leaves, %s, is taken for the mean of those of the parts of "
                 "the batch: nothing could be found out about it.",
-                1,
                 left_behind.name_of([layer], f"0/{attribute}"),
             )
         return kind

@@ -14,7 +14,11 @@ from parallel_keras.towers.reachable import whole_numbers
 from parallel_keras.towers.seeds import is_seed
 
 # Rows of the groups that a layer is tried on.
-GROUPS = {"a": 3, "b": 2, "c": 4}
+GROUPS = {"a": 3, "b": 2, "c": 4, "m": 32}
+# A group that is large enough for chance to even out.
+MANY = "m"
+# Those that something is tried on, alone and together.
+TRIED = ("a", "b", "c", "ab", "ac")
 _UNKNOWN_SIZE = 3
 _TOLERANCE = 1e-4
 
@@ -74,25 +78,39 @@ class Trial:
         vars(self.layer).update(before)
         return {**{name: np.asarray(count, "float64") for name, count in counts.items()}, **found}
 
+    def outputs(self, groups: str, training: Any, shift: int = 0) -> Any:
+        """What a call on these groups of rows returns.
+
+        Args:
+            groups: Their names.
+            training: Bool or `None`, the argument of that name.
+            shift: What is added to the seeds.
+        """
+        args, kwargs = self._arguments(groups)
+        given = {} if training is None else {"training": training}
+        with _OtherSeeds([], shift):
+            return self.layer(*args, **{**kwargs, **given})
+
     def _after_call(
         self, groups: str, values: list[Any], shift: int
     ) -> tuple[keras.StatelessScope, Left]:
+        args, kwargs = self._arguments(groups)
+        _compat.forget_loss_owners(self.layer)
+        with _OtherSeeds(values, shift) as scope, noting(_compat.all_layers(self.layer)) as left:
+            self.layer(*args, **kwargs)
+        return scope, left
+
+    def _arguments(self, groups: str) -> Any:
+        """Positional and keyword arguments with the rows of these groups."""
         leaves = [
             np.concatenate(parts) if np.ndim(parts[0]) else parts[0]
             for parts in zip(*[self._groups[name] for name in groups], strict=True)
         ]
         found = iter(leaves)
-        args, kwargs = keras.tree.map_structure(
+        return keras.tree.map_structure(
             lambda leaf: tf.constant(next(found)) if isinstance(leaf, tf.TensorSpec) else leaf,
             self._call,
         )
-        seeds = [v for v in self.layer.non_trainable_variables if is_seed(v)]
-        moved = [(seed, tf.convert_to_tensor(seed.value) + shift) for seed in seeds]
-        _compat.forget_loss_owners(self.layer)
-        stateless = keras.StatelessScope(state_mapping=[*moved, *values], collect_losses=True)
-        with stateless as scope, noting(_compat.all_layers(self.layer)) as left:
-            self.layer(*args, **kwargs)
-        return scope, left
 
     def _leaves(self, rows: int) -> list[Any]:
         specs = [x for x in keras.tree.flatten(self._call) if isinstance(x, tf.TensorSpec)]
@@ -106,6 +124,24 @@ class Trial:
         if spec.dtype.is_floating:
             return self.random.normal(size=shape).astype(spec.dtype.as_numpy_dtype)
         return self.random.integers(0, 2, shape).astype(spec.dtype.as_numpy_dtype)
+
+
+class _OtherSeeds(keras.StatelessScope):
+    """Changes nothing, and has random numbers drawn from other seeds, that of Keras included."""
+
+    def __init__(self, values: list[Any], shift: int) -> None:
+        super().__init__(state_mapping=values, collect_losses=True)
+        self._shift = shift
+        self._reading = False
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """The value of a variable here, `None` for the variable itself."""
+        value = super().get_current_value(variable)
+        if value is None and is_seed(variable) and not self._reading:
+            self._reading = True
+            value = tf.convert_to_tensor(variable.value) + self._shift
+            self._reading = False
+        return value
 
 
 def near(one: Any, other: Any) -> bool:

@@ -1,0 +1,146 @@
+"""What a model makes of its rows: it is asked on a few random ones, where a graph leaves doubt."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from parallel_keras import _compat
+from parallel_keras.nests import flatten_with_paths
+from parallel_keras.towers import left_behind
+from parallel_keras.towers.trial import TRIED, Trial, is_mean, near
+
+# For each output what joins those of parts of the batch: "rows", "same", "mean", "sum", "max",
+# "min"; "mixed" if nothing does, "unknown" if it could not be found out.
+Answers = list[str]
+_KNOWN: weakref.WeakKeyDictionary[keras.Model, dict[Any, Answers]] = weakref.WeakKeyDictionary()
+
+
+def answers(template: keras.Model, call: tuple[Any, ...], training: Any) -> Answers:
+    """How the outputs of parts of a batch become those of the batch.
+
+    Layers that drop or normalise rows are not trained meanwhile.
+
+    Args:
+        template: The model. Nothing of it is changed.
+        call: What it is called with: positional and keyword arguments, a `tf.TensorSpec` for
+            each tensor.
+        training: Bool or `None`, the argument of that name.
+
+    Returns:
+        An answer for each leaf of the outputs; empty if nothing could be found out.
+    """
+    training = None if training is None else training and not _by_chance(template)
+    key = (repr(call), training)
+    known = _KNOWN.setdefault(template, {})
+    if key not in known:
+        try:
+            with tf.init_scope(), left_behind.noting(_compat.all_layers(template)):
+                known[key] = _asked(Trial(template, call), training)
+        except Exception:  # noqa: BLE001 (a model that cannot be tried may fail in any way)
+            known[key] = []
+    return known[key]
+
+
+def _by_chance(template: keras.Model) -> bool:
+    return any(
+        isinstance(layer, keras.layers.BatchNormalization)
+        or any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
+        for layer in _compat.all_layers(template)
+    )
+
+
+def _asked(trial: Trial, training: Any) -> Answers:
+    seen = {groups: _leaves(trial.outputs(groups, training)) for groups in TRIED}
+    other = _leaves(trial.outputs("a", training, shift=1))
+    columns = zip(other, *seen.values(), strict=True)
+    return [_judge(dict(zip(TRIED, column, strict=True)), again) for again, *column in columns]
+
+
+def _leaves(outputs: Any) -> list[Any]:
+    """Arrays of the numbers that were returned, `None` for what is none."""
+    leaves = [leaf for _, leaf in flatten_with_paths(outputs)]
+    return [np.asarray(leaf) if _is_number(leaf) else None for leaf in leaves]
+
+
+def _is_number(leaf: Any) -> bool:
+    if isinstance(leaf, tf.Tensor):
+        return bool(leaf.dtype != tf.string)
+    return isinstance(leaf, (int, float))
+
+
+def _judge(seen: dict[str, Any], again: Any) -> str:
+    if again is None or any(not np.isfinite(value).all() for value in seen.values()):
+        return "unknown"
+    if seen["a"].shape != again.shape or not near(seen["a"], again):
+        return "unknown"  # It is random.
+    if all(value.shape == again.shape and near(value, again) for value in seen.values()):
+        return "same"
+    return _rows(seen) if again.ndim else _scalar(seen)
+
+
+def _rows(seen: dict[str, Any]) -> str:
+    if len({value.shape[1:] for value in seen.values()}) > 1:
+        return "mixed"
+    joined = {"a" + group: np.concatenate([seen["a"], seen[group]]) for group in "bc"}
+    same = [
+        seen[key].shape == value.shape and near(seen[key], value) for key, value in joined.items()
+    ]
+    return "rows" if all(same) else "mixed"
+
+
+def _scalar(seen: dict[str, Any]) -> str:
+    if is_mean(seen):
+        return "mean"
+    rules = {"sum": np.add, "max": np.maximum, "min": np.minimum}
+    for rule, join in rules.items():
+        if all(near(seen["a" + group], join(seen["a"], seen[group])) for group in "bc"):
+            return rule
+    return "mixed"
+
+
+class Names:
+    """Tells from the name of an operation which layer it belongs to.
+
+    Args:
+        template: The model.
+    """
+
+    def __init__(self, template: keras.Model) -> None:
+        self._layers = {layer.name: layer for layer in _compat.all_layers(template)}
+
+    def layer(self, operation: str) -> keras.layers.Layer | None:
+        """The innermost layer in whose call an operation was made, if any.
+
+        Args:
+            operation: Its name.
+        """
+        parts = operation.split("/")[:-1]
+        if parts[:1] == ["gradient_tape"]:
+            return None
+        for part in reversed(parts):
+            # TensorFlow numbers names that occur again.
+            for name in (part, part.rpartition("_")[0]):
+                if name in self._layers:
+                    return self._layers[name]
+        return None
+
+    def may_mix(self, operation: tf.Operation) -> bool:
+        """Whether it was made by code of the user's, or goes over an axis that the user chose.
+
+        Args:
+            operation: An operation of a tower.
+        """
+        layer = self.layer(operation.name)
+        if layer is None:
+            return False
+        if not type(layer).__module__.startswith("keras.") or isinstance(layer, keras.Model):
+            return True
+        axis: Any = getattr(layer, "axis", -1)
+        axes: Sequence[Any] = axis if isinstance(axis, (list, tuple)) else [axis]
+        return 0 in axes and not isinstance(layer, keras.layers.BatchNormalization)
