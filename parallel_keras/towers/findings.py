@@ -32,9 +32,8 @@ import tensorflow as tf
 from parallel_keras.graphs.function_bodies import Bodies
 from parallel_keras.graphs.graph import depends_on
 from parallel_keras.graphs.mixing import may_mix
-from parallel_keras.towers.naming import Outside, name_of
+from parallel_keras.towers.naming import Names, Outside, name_of
 from parallel_keras.towers.needs import Needs, TraceAgain
-from parallel_keras.towers.probe import Names
 from parallel_keras.towers.saying import warn_once
 from parallel_keras.towers.seeds import is_seed
 

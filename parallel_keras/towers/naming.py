@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -157,3 +157,45 @@ def _inside(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, (list, tuple)):
         return [(str(index), child) for index, child in enumerate(value)]
     return list(getattr(value, "__dict__", {}).items())
+
+
+class Names:
+    """Tells from the name of an operation which layer it belongs to.
+
+    Args:
+        template: The model.
+    """
+
+    def __init__(self, template: keras.Model) -> None:
+        self._layers = {layer.name: layer for layer in _compat.all_layers(template)}
+
+    def layer(self, operation: str) -> keras.layers.Layer | None:
+        """The innermost layer in whose call an operation was made, if any.
+
+        Args:
+            operation: Its name.
+        """
+        parts = operation.split("/")[:-1]
+        if parts[:1] == ["gradient_tape"]:
+            return None
+        for part in reversed(parts):
+            # TensorFlow numbers names that occur again.
+            for name in (part, part.rpartition("_")[0]):
+                if name in self._layers:
+                    return self._layers[name]
+        return None
+
+    def may_mix(self, operation: tf.Operation) -> bool:
+        """Whether it was made by code of the user's, or goes over an axis that the user chose.
+
+        Args:
+            operation: An operation of a tower.
+        """
+        layer = self.layer(operation.name)
+        if layer is None:
+            return False
+        if not type(layer).__module__.startswith("keras.") or isinstance(layer, keras.Model):
+            return True
+        axis: Any = getattr(layer, "axis", -1)
+        axes: Sequence[Any] = axis if isinstance(axis, (list, tuple)) else [axis]
+        return 0 in axes and not isinstance(layer, keras.layers.BatchNormalization)

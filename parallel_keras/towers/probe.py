@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -102,45 +101,3 @@ def _scalar(seen: dict[str, Any]) -> str:
         if all(near(seen["a" + group], join(seen["a"], seen[group])) for group in "bc"):
             return rule
     return "mixed"
-
-
-class Names:
-    """Tells from the name of an operation which layer it belongs to.
-
-    Args:
-        template: The model.
-    """
-
-    def __init__(self, template: keras.Model) -> None:
-        self._layers = {layer.name: layer for layer in _compat.all_layers(template)}
-
-    def layer(self, operation: str) -> keras.layers.Layer | None:
-        """The innermost layer in whose call an operation was made, if any.
-
-        Args:
-            operation: Its name.
-        """
-        parts = operation.split("/")[:-1]
-        if parts[:1] == ["gradient_tape"]:
-            return None
-        for part in reversed(parts):
-            # TensorFlow numbers names that occur again.
-            for name in (part, part.rpartition("_")[0]):
-                if name in self._layers:
-                    return self._layers[name]
-        return None
-
-    def may_mix(self, operation: tf.Operation) -> bool:
-        """Whether it was made by code of the user's, or goes over an axis that the user chose.
-
-        Args:
-            operation: An operation of a tower.
-        """
-        layer = self.layer(operation.name)
-        if layer is None:
-            return False
-        if not type(layer).__module__.startswith("keras.") or isinstance(layer, keras.Model):
-            return True
-        axis: Any = getattr(layer, "axis", -1)
-        axes: Sequence[Any] = axis if isinstance(axis, (list, tuple)) else [axis]
-        return 0 in axes and not isinstance(layer, keras.layers.BatchNormalization)
