@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -152,27 +152,6 @@ def sums(
                 if index not in gone:
                     found[index] = merge.total(columns[index])
     return found
-
-
-def all_by_device(check: Callable[[list[Any]], tf.Tensor], tensors: Sequence[Any]) -> tf.Tensor:
-    """Whether a check holds for all tensors: each device tells one answer, not one for each.
-
-    Args:
-        check: Function from some of the tensors to a bool tensor `()`.
-        tensors: Tensors, `tf.IndexedSlices` or `None`.
-
-    Returns:
-        A bool tensor `()`.
-    """
-    places: dict[str, list[Any]] = {}
-    for tensor in tensors:
-        if tensor is not None:
-            places.setdefault(tensor.device or "", []).append(tensor)
-    answers = []
-    for place, some in places.items():
-        with tf.device(place or None):
-            answers.append(check(some))
-    return tf.reduce_all(tf.stack(answers))
 
 
 def bundles(tensors: Sequence[tf.Tensor]) -> list[list[int]]:

@@ -11,8 +11,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import _compat
-from parallel_keras.homes.links import are_far, canonical, is_gpu, is_remote
-from parallel_keras.homes.messages import all_by_device
+from parallel_keras.homes.links import all_by_device, are_far, canonical, is_gpu, is_remote
 
 # Seeds, counters and the like: TensorFlow keeps small integers in the memory of the host, and
 # to move them would spread nothing.
