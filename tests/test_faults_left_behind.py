@@ -334,7 +334,7 @@ def test_a_number_that_parts_cannot_make_is_named(made: Any) -> None:
     layer.name = "spread"
     model = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(1)])
     with pytest.raises(ValueError, match=r"attribute 'deviation' of layer 'spread'.*no mean or"):
-        pk.DataParallelModel(model, 3)(rows(7, 3))
+        pk.DataParallelModel(model, 3).predict(rows(7, 3), verbose=0)
     parallel = pk.DataParallelModel(model, 3, rules={"deviation": "mean"})
     assert parallel(rows(7, 3)).shape == (7, 1)
 
