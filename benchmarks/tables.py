@@ -237,6 +237,7 @@ def _contender(name: str) -> str:
         "bare": "bare model",
         "half": "bare model on half the rows",
         "ours": "parallel_keras",
+        "spread": "parallel_keras, weights spread",
         "mirrored": "MirroredStrategy",
     }
     return f"{known[peer]}, {devices}"
