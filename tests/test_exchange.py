@@ -133,6 +133,30 @@ def test_one_message_moves_sums_and_slots() -> None:
             assert bool(flag) == (tower > 2)
 
 
+def test_only_what_varies_is_rounded_up() -> None:
+    """Weights are not sent with empty places because rows of a table go with them."""
+    sent = []
+
+    def swap(worker: Workers) -> Any:
+        reduce = worker._reduce
+
+        def counted(message: tf.Tensor, kind: str) -> tf.Tensor:
+            sent.append(int(tf.size(message)))
+            return reduce(message, kind)
+
+        worker._reduce = counted
+        rows = 9 + worker.index
+        return worker.exchange(
+            "train", [tf.fill([1025], 1.0)], [], [[tf.fill([rows], float(rows))]]
+        )
+
+    for sums, _, varied in together(2, swap):
+        np.testing.assert_array_equal(sums[0], np.full(1025, 2.0))
+        for index, (rows,) in enumerate(varied):
+            np.testing.assert_array_equal(rows, np.full(9 + index, 9.0 + index))
+    assert sent[-1] == 1025 + int(exchange.bucket(tf.constant(9 + 10)))
+
+
 def test_one_value_for_all() -> None:
     values = together(2, lambda w: w.from_chief([tf.constant([w.index + 5, 2**40], tf.int64)]))
     assert [value[0].numpy().tolist() for value in values] == [[5, 2**40]] * 2

@@ -168,15 +168,41 @@ def test_a_model_that_draws_nothing_is_traced_once() -> None:
     assert len(traces) == 1
 
 
-def test_a_constant_seed_says_what_is_drawn() -> None:
-    """X2: no stream, but a value, which is the same wherever it is drawn."""
+class Fixed(keras.layers.Layer):
+    """Adds numbers drawn from a constant seed, for each row or the same for all."""
 
-    class Fixed(keras.layers.Layer):
-        def call(self, x: tf.Tensor) -> tf.Tensor:
-            return x + keras.random.normal(keras.ops.shape(x), seed=1)
+    def __init__(self, by_rows: bool = True) -> None:
+        super().__init__(name="fixed")
+        self.by_rows = by_rows
 
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        shape = keras.ops.shape(x) if self.by_rows else (1, x.shape[1])
+        return x + keras.random.normal(shape, seed=1)
+
+
+def test_a_constant_seed_says_what_is_drawn(caplog: pytest.LogCaptureFixture) -> None:
+    """X2: no stream, but a value, which is the same wherever it is drawn; the log says so."""
     template = keras.Sequential([keras.Input((3,)), Fixed()])
     zeros = np.zeros((6, 3), "float32")
     whole = template.predict(zeros, verbose=0)
-    parts = pk.DataParallelModel(template, 3).predict(zeros, verbose=0)
+    parallel = pk.DataParallelModel(template, 3)
+    parts = parallel.predict(zeros, verbose=0)
     np.testing.assert_allclose(parts, np.concatenate([whole[:2]] * 3), rtol=1e-6)
+    parallel(tf.constant(zeros))
+    said = [text for text in caplog.messages if "layer 'fixed' draws random numbers" in text]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: Fixed(by_rows=False), lambda: keras.layers.Dropout(0.5, seed=1)]
+)
+def test_seeds_that_are_as_on_one_device_are_no_news(
+    layer: Callable[[], keras.layers.Layer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """X2: a projection that is fixed, and a layer whose seed goes on."""
+    parallel = pk.DataParallelModel(
+        keras.Sequential([keras.Input((3,)), keras.layers.Dense(3), layer()]), 3
+    )
+    parallel.compile(loss="mse")
+    parallel.fit(np.zeros((6, 3)), np.zeros((6, 3)), verbose=0)
+    assert not [text for text in caplog.messages if "constant seed" in text]

@@ -63,6 +63,28 @@ def test_extra_arguments_reach_every_tower() -> None:
     np.testing.assert_allclose(parallel(a, b=b, factor=2.0), expected, rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
+@pytest.mark.parametrize("loss_on", ["auto", "merged"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_models_without_weights(loss_on: str, eager: bool) -> None:
+    """One device takes them through `fit` too, which warns and trains nothing."""
+
+    def build() -> keras.Model:
+        layers = [keras.layers.Rescaling(0.5), keras.layers.BatchNormalization(synchronized=True)]
+        layers[1].trainable = eager
+        model = keras.Sequential([keras.Input((3,)), *layers[: 1 + (not eager)]])
+        model.compile("adam", "mse", metrics=["mae"], run_eagerly=eager)
+        return model
+
+    bare, parallel = build(), pk.DataParallelModel(build(), 3, loss_on=loss_on)
+    for size in (7, 2):
+        data = rows(size, 3), rows(size, 3, seed=1)
+        one, other = (model.fit(*data, batch_size=4, verbose=0) for model in (bare, parallel))
+        for key, value in one.history.items():
+            np.testing.assert_allclose(other.history[key], value, rtol=RTOL)
+    assert int(parallel.optimizer.iterations) == int(bare.optimizer.iterations)
+
+
 def test_variables_are_the_templates() -> None:
     """S4: https://github.com/keras-team/keras/issues/11313."""
     bare, parallel = pair(mlp, 4, loss="mse", **SGD)

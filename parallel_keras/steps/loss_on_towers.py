@@ -145,7 +145,7 @@ class LossStep:
 
     def _summed(self, results: list[LossResult]) -> list[LossResult]:
         """The same results, with gradients added up, which the first has then."""
-        if not self.training:
+        if not results[0].gradients:
             return results
         columns = [list(column) for column in zip(*[r.gradients for r in results], strict=True)]
         rows = zip(*self.towers.summed(columns, self.model.trainable_weights), strict=True)

@@ -13,6 +13,7 @@ copies of one trace disturb each other. The operations of its graph show that:
 | a change to a table                                     | refused                              |
 | a resource that calls wait for, in towers that talk     | refused                              |
 | what goes over the first axis, in layers of the user's  | the model is asked, and the log told |
+| numbers for each row, drawn from a constant seed        | the log is told                      |
 
 Most models do nothing of this, and the look is all that they pay.
 """
@@ -329,10 +330,44 @@ def _mixing(trace: Trace) -> None:
     )
 
 
+def _constant_seeds(trace: Trace) -> None:
+    """Random numbers for rows that are the same wherever they are drawn: said, as documented."""
+    if trace.alone:
+        return
+    seeded = trace.by_type["StatelessRandomGetKeyCounter"]
+    if not seeded:
+        return
+    parts = trace.parts()
+    rows = {tensor.shape[0] for tensor in parts if tensor.shape.rank} - {None}
+    given = [op.outputs[0] for op in trace.by_type["Placeholder"]]
+    for op in seeded:
+        if depends_on(op.inputs[0], given):
+            continue
+        draws = [user for user in op.outputs[0].consumers() if user.type.startswith("Stateless")]
+        by_rows = [
+            draw
+            for draw in draws
+            if draw.outputs[0].shape.rank != 0
+            and (depends_on(draw.inputs[0], parts) or draw.outputs[0].shape[:1][0] in rows)
+        ]
+        if by_rows:
+            layer = Names(trace.tower.template).layer(op.name)
+            warn_once(
+                trace.tower.template,
+                "Other numbers than on one device: %s draws random numbers for each row from a "
+                "constant seed (%s), so each device draws the same ones for its rows. Draw them "
+                "with a keras.random.SeedGenerator, which gives each device a stream of its own.",
+                f"layer {layer.name!r}" if layer is not None else trace.tower.template.name,
+                by_rows[0].type,
+            )
+            return
+
+
 _TABLE: tuple[Callable[[Trace], None], ...] = (
     _streams,
     look_for_hidden,
     _resources,
     _weights,
     _mixing,
+    _constant_seeds,
 )

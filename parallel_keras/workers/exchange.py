@@ -127,9 +127,17 @@ class Writer:
         if not isinstance(size, int) or size:
             self.add(tf.zeros([size], self._dtype))
 
-    def message(self) -> tf.Tensor:
-        """The vector, rounded up in size where the size is not known while tracing."""
-        if not isinstance(self.size, int):
+    def message(self, varied: Any = 0) -> tf.Tensor:
+        """The vector, rounded up in size where the size is not known while tracing.
+
+        Args:
+            varied: How many of its numbers there may be more or less of the next time. Only
+                they are rounded up, so that weights are not sent with empty places. Defaults
+                to all, where the size is not known.
+        """
+        if not isinstance(varied, int):
+            self.skip(bucket(varied) - varied)
+        elif not isinstance(self.size, int):
             self.skip(bucket(self.size) - self.size)
         return tf.concat(self._vectors, axis=0) if self._vectors else tf.zeros([0], self._dtype)
 
@@ -189,7 +197,8 @@ def exchange(
     for value in (value for slot in varied for value in slot):
         narrow.add(encode(value))
     narrow.skip(_sum(sizes[first + len(varied) :]))
-    news, wide_news = Reader(_reduced(reduce, narrow)), Reader(_reduced(reduce, wide))
+    # Counted from what all workers were told, and not from shapes that one may know by itself.
+    news, wide_news = Reader(_reduced(reduce, narrow, _sum(sizes))), Reader(_reduced(reduce, wide))
     return (
         [_read_sum(value, _for(value, news, wide_news)) for value in sums],
         [[_read_like(news, x) for x in fixed[0]] for _ in range(total)] if fixed else [],
@@ -200,8 +209,8 @@ def exchange(
     )
 
 
-def _reduced(reduce: Callable[..., tf.Tensor], writer: Writer) -> tf.Tensor:
-    message = writer.message()
+def _reduced(reduce: Callable[..., tf.Tensor], writer: Writer, varied: Any = 0) -> tf.Tensor:
+    message = writer.message(varied)
     return message if isinstance(writer.size, int) and not writer.size else reduce(message)
 
 
