@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
+from parallel_keras.steps import python_state
 from tests.parity import ATOL, RTOL, pair, rows
 
 TOWERS = [1, 3]
@@ -113,8 +114,8 @@ def test_a_call_does_what_python_says_now(build: Any, towers: int) -> None:
                 assert_same(parallel, template, rows(count, 3, seed=count), **given)
 
 
-def test_what_is_traced_is_kept_while_it_holds() -> None:
-    """X8: a call in a loop costs no trace where the layers are Keras'; else one of a tower."""
+def test_what_is_traced_is_kept_while_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """X8: a call in a loop costs no trace where it is known what code reads; else one."""
     calls: list[Any] = []
 
     class Counts(keras.layers.Layer):
@@ -134,6 +135,14 @@ def test_what_is_traced_is_kept_while_it_holds() -> None:
         parallel(x)
     assert [t.function for t in parallel._runtime.calls._direct._traced.values()] == kept
     assert kept[0].experimental_get_tracing_count() == before
+
+    SCALE["by"] = 1.0
+    template, _ = custom()
+    parallel = pk.DataParallelModel(template, 3)
+    parallel(x)
+    monkeypatch.setattr(python_state, "graph", None)  # Nothing is traced once more.
+    parallel(x[:5])
+    monkeypatch.undo()
 
     parallel = pk.DataParallelModel(keras.Sequential([keras.Input((3,)), Counts()]), 3)
     parallel(x)

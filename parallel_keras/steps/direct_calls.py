@@ -39,8 +39,9 @@ class DirectCalls:
 
     On one device Python runs at each such call: an attribute that was set, or a layer that
     was adapted since the last one, counts. So a trace is used again only where the model's
-    attributes are the same and only Keras' own code reads them, or else where the model,
-    traced once more, comes to the same graph. Both cost about what Python costs on one device.
+    attributes are the same, and so is all else that its code reads, or else, where that cannot be
+    known, where the model, traced once more, comes to the same graph. The first costs about what
+    Python costs on one device, the second ten times that.
 
     Args:
         towers: Function that gives the `Towers` of the model as it is now.

@@ -16,6 +16,12 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.nests import of_any_rows
+from parallel_keras.steps.user_code import (
+    PASSED_OVER,
+    held_by_class,
+    is_of_packages,
+    read_by_function,
+)
 
 if TYPE_CHECKING:
     from parallel_keras.towers.call import Call
@@ -28,18 +34,10 @@ _BY_IDENTITY = (
     keras.Variable,
     keras.KerasTensor,
     tf.Tensor,
-    type,
     types.ModuleType,
     types.BuiltinFunctionType,
+    types.CodeType,
     inspect.Signature,
-)
-# What Keras keeps of how objects were made, built and compiled, and no `call` reads.
-_PASSED_OVER = frozenset(
-    {"_tracker", "_auto_config", "_inbound_nodes", "_outbound_nodes", "_lock", "_losses"}
-    | {"_losses_override", "_loss_ids", "build", "quantize", "optimizer", "loss", "history"}
-    | {"_compile_loss", "_compile_metrics", "_compile_config", "_loss_tracker", "_called"}
-    | {"_compiled_trainable_state", "train_function", "test_function", "predict_function"}
-    | {"_distribute_strategy", "stop_training"}
 )
 # How TensorFlow finds the same objects once more.
 _OF_CHECKPOINTS = "_self_"
@@ -60,14 +58,14 @@ class Attributes(NamedTuple):
 
 
 def attributes(model: keras.Model) -> Attributes | None:
-    """Everything that the code of Keras' own layers reads besides variables and inputs.
+    """Everything that the code of a model reads besides variables and inputs.
 
     Args:
         model: The model.
 
     Returns:
-        The `Attributes`; `None` if there is code in it that is not Keras', which may read
-        anything.
+        The `Attributes`; `None` if there is code in it that may read anything, or do more than
+        compute.
     """
     config = (keras.config.floatx(), keras.config.epsilon(), keras.config.image_data_format())
     found = Attributes([config], [])
@@ -109,15 +107,37 @@ def _kind(of: type) -> str:
         "dict": dict,
         "items": (list, tuple, set, frozenset),
         "itself": _BY_IDENTITY,
+        "member": (property, staticmethod, classmethod),
+        "class": type,
     }
     for name, types_ in kinds.items():
         if issubclass(of, types_):
             return name
-    return "object" if _is_of_keras(of) else "unknown"
+    if _is_of_keras(of):
+        return "object"
+    return "unknown" if of.__module__.startswith(("numpy", "tensorflow")) else "user"
 
 
 def _of_function(value: Any, _: list[Any]) -> list[Any] | None:
-    return [] if _is_of_keras(value) and not value.__closure__ else None
+    if _is_of_keras(value):
+        return None if value.__closure__ else []
+    # TensorFlow puts functions around its own, which look at types only.
+    return [] if str(value.__module__).startswith("tensorflow.") else read_by_function(value)
+
+
+def _of_member(value: Any, _: list[Any]) -> list[Any] | None:
+    return [value.fget, value.fset] if isinstance(value, property) else [value.__func__]
+
+
+def _of_class(value: type, _: list[Any]) -> list[Any] | None:
+    # Whoever makes an object of a class of the user's may do anything.
+    return [] if value.__module__ == "builtins" or is_of_packages(value) else None
+
+
+def _of_user(value: Any, values: list[Any]) -> list[Any] | None:
+    """An object of a class of the user's: what it holds, and what its code reads."""
+    attributes = _of_object(value, values)
+    return None if attributes is None else [*attributes, *held_by_class(type(value))]
 
 
 def _of_array(value: Any, values: list[Any]) -> list[Any] | None:
@@ -143,7 +163,7 @@ def _of_object(value: Any, values: list[Any]) -> list[Any] | None:
     names = [
         name
         for name in attributes
-        if name not in _PASSED_OVER and not name.startswith(_OF_CHECKPOINTS)
+        if name not in PASSED_OVER and not name.startswith(_OF_CHECKPOINTS)
     ]
     values.extend(names)
     return [attributes[name] for name in names]
@@ -159,6 +179,9 @@ _CHILDREN: dict[str, Callable[[Any, list[Any]], list[Any] | None] | None] = {
     "items": _of_items,
     "itself": lambda *_: [],
     "object": _of_object,
+    "member": _of_member,
+    "class": _of_class,
+    "user": _of_user,
     "unknown": lambda *_: None,
 }
 
