@@ -80,12 +80,7 @@ def enough_devices() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves most cases of long sweeps to `make test-all`; lets known failures fail."""
-    from tests.known_failures import KNOWN
+    """Leaves most cases of long sweeps to `make test-all`."""
     from tests.sweeps import mark_slow
 
     mark_slow(items)
-    for item in items:
-        for beginning, reason in KNOWN.items():
-            if item.nodeid.startswith(beginning):
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=False))
