@@ -32,7 +32,7 @@ PRIVATE := $(PRIVATE)|(get|set|has|del)attr\([^,()]+, *["']_[a-z]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-oldest test-versions test-ray test-hub test-gpu dist bench \
+.PHONY: help demo test test-ci test-all test-oldest test-versions test-ray test-hub test-gpu dist bench \
   bench-quick bench-links bench-frameworks bench-render check lint types doctest docs private format clean
 
 help: ## List the targets
@@ -41,7 +41,10 @@ help: ## List the targets
 demo: $(VENV)/.extra-demo ## Train on digits on one device and on all; writes digits.keras, demo.png
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m parallel_keras demo
 
-test: $(VENV)/.extra-test ## Run the tests but the slow ones
+test: $(VENV)/.extra-test ## Run the tests, of long sweeps a few cases
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not rest'
+
+test-ci: $(VENV)/.extra-test ## Run the tests but the slow ones: what .ci/run runs
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
 test-all: $(VENV)/.extra-test ## Run all tests, also the slow ones

@@ -80,7 +80,7 @@ def enough_devices() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves most cases of long sweeps to `make test-all`."""
-    from tests.sweeps import mark_slow
+    """Leaves most cases of long sweeps to `make test-ci`."""
+    from tests.sweeps import mark_rest
 
-    mark_slow(items)
+    mark_rest(items)

@@ -1,4 +1,4 @@
-"""Which cases of a long sweep `make test` runs; the others are left to `make test-all`."""
+"""Which cases of a long sweep `make test` runs; the rest is left to `make test-ci`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 
-def mark_slow(items: Sequence[pytest.Item]) -> None:
-    """Marks as slow what is beyond the number of cases that a test's mark `sweep` names.
+def mark_rest(items: Sequence[pytest.Item]) -> None:
+    """Marks what is beyond the number of cases that a test's mark `sweep` names.
 
     Args:
         items: All tests that were collected.
@@ -20,11 +20,12 @@ def mark_slow(items: Sequence[pytest.Item]) -> None:
             sweeps.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in sweeps.values():
         [count] = next(cases[0].iter_markers("sweep")).args
-        quick = [case for case in cases if case.get_closest_marker("slow") is None]
+        left = ("slow", "rest")
+        quick = [case for case in cases if not any(map(case.get_closest_marker, left))]
         kept = spread([case.callspec.id.split("-") for case in quick], count)
         for index, case in enumerate(quick):
             if index not in kept:
-                case.add_marker(pytest.mark.slow)
+                case.add_marker(pytest.mark.rest)
 
 
 def spread(cases: Sequence[Sequence[str]], count: int) -> list[int]:

@@ -40,7 +40,7 @@ def application(name: str, size: int) -> Callable[[], keras.Model]:
     return build
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(

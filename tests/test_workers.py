@@ -23,7 +23,7 @@ ON_THREE = (
     "own_rows",
     "shuffled_arrays",
 )
-MARKS = {name: [pytest.mark.slow] if len(CLUSTERS[name]) == 3 else [] for name in CLUSTERS}
+MARKS = {name: [pytest.mark.rest] if len(CLUSTERS[name]) == 3 else [] for name in CLUSTERS}
 WHAT_RUNS = [
     pytest.param(cluster, name, marks=MARKS[cluster])
     for cluster, towers in CLUSTERS.items()
