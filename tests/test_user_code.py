@@ -46,7 +46,7 @@ UNKNOWN: dict[str, Callable[..., Any]] = {
     "print": lambda self, x: print(x) or x,
     "class": lambda self, x: x * len(Held().__dict__),
     "setattr": lambda self, x: setattr(self, "last", x) or x,
-    "loss": lambda self, x: x * self.loss,
+    "loss": lambda self, x: x * getattr(self, "loss", 1.0),
 }
 
 

@@ -117,7 +117,8 @@ def _names(code: types.CodeType) -> tuple[str, ...] | None:
             found[name] = None
         elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
             attributes.add(name)
-    # Of NumPy, others come at each call.
+    # What `getattr` is asked for. Of NumPy, others come at each call.
+    attributes.update(value for value in code.co_consts if isinstance(value, str))
     if attributes & (_CHANGES | _NOT_IN_A_CALL | PASSED_OVER | {"random"}):
         return None
     for inner in code.co_consts:
