@@ -71,6 +71,11 @@ class ModelState:
         """The values that `restore` puts back."""
         return {name: value for name, (_, value) in self._start.items()}
 
+    def kept(self) -> set[str]:
+        """The names of what layers assign themselves: weights that no optimizer updates."""
+        kept = {id(variable) for variable in self._models[-1].non_trainable_variables}
+        return {name for name, variable in self.variables().items() if id(variable) in kept}
+
     def restore(self) -> None:
         """Puts every variable back to what it was when it was first seen."""
         for variable, value in self._start.values():
