@@ -24,9 +24,9 @@ REMEDIES: Final = {
     "model's own), use a form that looks at one row at a time, or use one device.",
     OUTSIDE: "Keep it in a weight (add_weight, or a keras.Variable): then it is merged.",
     STATE: 'Declare how it is merged: add_weight(..., aggregation="sum") for what counts rows.',
-    LOSS: "The outputs are the same: it is computed from each device's rows and is no sum or mean over "
-    'rows. A loss: wrap with loss_on="merged". A term of add_loss, or a metric of a layer: compute it '
-    "from the merged outputs, in a train_step of the model's own.",
+    LOSS: "The outputs are the same: it is computed from each device's rows and is no sum or mean "
+    'over rows. A loss: wrap with loss_on="merged". A term of add_loss, or a metric of a layer: '
+    "compute it from the merged outputs, in a train_step of the model's own.",
     UNKNOWN: "Please report this with the model: it should not happen.",
 }
 
