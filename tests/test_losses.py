@@ -88,6 +88,26 @@ def test_class_weight(loss_on: str) -> None:
     )
 
 
+def summed(y_true: Any, y_pred: Any) -> Any:
+    return keras.ops.sum(keras.ops.square(y_true - y_pred))
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [(summed, "taken for the mean"), (Quartic(reduction="sum"), "taken for the sum"), ("mae", "")],
+)
+def test_what_towers_only_assume_is_said(
+    loss: Any, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """X9: a function that sums is another number there, and nothing can know it."""
+    parallel = pk.DataParallelModel(mlp(), 3, loss_on="towers")
+    parallel.compile("sgd", loss)
+    parallel.train_on_batch(rows(7, 6), rows(7, 3, seed=1))
+    found = [text for text in caplog.messages if "taken for the" in text]
+    assert len(found) == bool(said)
+    assert not said or said in found[0]
+
+
 def masked() -> keras.Model:
     tokens = keras.Input((7,), dtype="int32")
     hidden = keras.layers.Embedding(20, 8, mask_zero=True)(tokens)

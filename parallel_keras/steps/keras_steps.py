@@ -26,6 +26,7 @@ from parallel_keras.towers import losses
 from parallel_keras.towers.call import takes_training
 from parallel_keras.towers.collectives import one_replica
 from parallel_keras.towers.results import assign
+from parallel_keras.towers.saying import warn_once
 
 if TYPE_CHECKING:
     from parallel_keras.steps.loss_on_merged import Recording
@@ -152,6 +153,15 @@ class Steps:
             decision = losses.decide(self._model.loss)
         if self._model.loss_on == "towers":
             checks.check_towers_loss(decision)
+            if not decision.proven:
+                warn_once(
+                    self._model,
+                    'loss_on="towers": %s, but is taken for the %s of the losses of its rows. '
+                    "Otherwise the numbers are not those of one device; "
+                    'parallel_keras.verify(parallel, batch) tells, and loss_on="auto" is right '
+                    "for any loss.",
+                    *(decision.reason, decision.reduction),
+                )
         elif not decision.proven:
             return losses.Decision(None, decision.reason)
         return decision

@@ -16,7 +16,7 @@ def warn_once(about: Any, message: str, *arguments: Any) -> None:
     Towers are traced for each graph anew, and each time would say it again.
 
     Args:
-        about: A layer or variable.
+        about: A layer, variable or model.
         message: String, as of `logging.warning`.
         *arguments: What is put into it.
     """
