@@ -249,6 +249,33 @@ class Over(keras.layers.Layer):
         return self.function(x)
 
 
+class Whitened(keras.layers.Layer):
+    """A normalisation of its own, over the rows while it is trained."""
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return (x - OPS.mean(x, axis=0)) / (OPS.std(x, axis=0) + 0.1) if training else x
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_mixing_while_training_beside_layers_that_draw(
+    mixes: bool, eager: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """X13: what they do to rows does not hide what another layer does."""
+    chance = [keras.layers.Dropout(0.5), keras.layers.BatchNormalization()]
+    softmax = Over(lambda x: OPS.softmax(x - OPS.max(x)))
+    layers = [*chance, Whitened(name="over") if mixes else softmax, keras.layers.GaussianNoise(1)]
+    template = keras.Sequential([keras.Input((4,)), *layers, keras.layers.Dense(2)])
+    parallel = pk.DataParallelModel(template, TOWERS)
+    parallel.compile("sgd", "mse", run_eagerly=eager)
+    parallel.fit(rows(7, 4), rows(7, 2), verbose=0)
+    texts = [record.getMessage() for record in caplog.records]
+    assert sum("several rows at once, likely in layer 'over'" in text for text in texts) == (
+        mixes and not eager
+    )
+    assert sum("there is no graph that tells whether layer" in text for text in texts) == eager
+
+
 MIXING: dict[str, Callable[[], keras.layers.Layer]] = {
     "reversed": lambda: Over(lambda x: x[::-1]),
     "centred": lambda: Over(lambda x: x - OPS.mean(x, axis=0)),

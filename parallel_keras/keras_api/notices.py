@@ -68,6 +68,7 @@ class Notices:
         rows = _rows_of_a_batch(given.get("x"), given.get("batch_size"))
         if len(self._devices) > 1:
             self._exceptions()
+            self._untraced()
             if rows is not None:
                 self._batch(rows)
 
@@ -90,6 +91,22 @@ class Notices:
                 "Other numbers than on one device, as documented: %s. The rest is the same; "
                 "parallel_keras.verify(parallel, batch) shows it.",
                 "; ".join(found),
+            )
+
+    def _untraced(self) -> None:
+        """Says what nothing can know of code that is not traced."""
+        mine = [
+            layer.name
+            for layer in _compat.all_layers(self._template)
+            if not type(layer).__module__.startswith("keras.")
+        ]
+        if self._template.run_eagerly and mine:
+            self._warn(
+                "eager",
+                "run_eagerly=True: there is no graph that tells whether layer %s looks at several "
+                "rows at once, which would be another number on each device. "
+                "parallel_keras.verify(parallel, batch) tells.",
+                _and_others(mine),
             )
 
     def _batch(self, rows: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -10,8 +13,10 @@ import numpy as np
 import tensorflow as tf
 
 from parallel_keras import _compat
+from parallel_keras.graphs.graph import calling
 from parallel_keras.nests import flatten_with_paths
 from parallel_keras.towers import left_behind
+from parallel_keras.towers.call import takes_training
 from parallel_keras.towers.trial import TRIED, Trial, is_mean, near
 
 # For each output what joins those of parts of the batch: "rows", "same", "mean", "sum", "max",
@@ -23,7 +28,8 @@ _KNOWN: weakref.WeakKeyDictionary[keras.Model, dict[Any, Answers]] = weakref.Wea
 def answers(template: keras.Model, call: tuple[Any, ...], training: Any) -> Answers:
     """How the outputs of parts of a batch become those of the batch.
 
-    Layers that drop or normalise rows are not trained meanwhile.
+    Layers that draw random numbers or normalise rows are called as if not trained: what they do to
+    rows is known, and would hide what the others do.
 
     Args:
         template: The model. Nothing of it is changed.
@@ -34,23 +40,38 @@ def answers(template: keras.Model, call: tuple[Any, ...], training: Any) -> Answ
     Returns:
         An answer for each leaf of the outputs; empty if nothing could be found out.
     """
-    training = None if training is None else training and not _by_chance(template)
     key = (repr(call), training)
     known = _KNOWN.setdefault(template, {})
     if key not in known:
         try:
-            with tf.init_scope(), left_behind.noting(_compat.all_layers(template)):
+            with (
+                tf.init_scope(),
+                left_behind.noting(_compat.all_layers(template)),
+                _not_trained(template),
+            ):
                 known[key] = _asked(Trial(template, call), training)
         except Exception:  # noqa: BLE001 (a model that cannot be tried may fail in any way)
             known[key] = []
     return known[key]
 
 
-def _by_chance(template: keras.Model) -> bool:
-    return any(
-        isinstance(layer, keras.layers.BatchNormalization)
-        or any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
-        for layer in _compat.all_layers(template)
+@contextlib.contextmanager
+def _not_trained(template: keras.Model) -> Iterator[None]:
+    """Inside, layers that draw or normalise are called with `training=False`."""
+
+    def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **{**kwargs, "training": False})
+
+    with contextlib.ExitStack() as stack:
+        for layer in _compat.all_layers(template):
+            if layer is not template and _by_chance(layer) and takes_training(layer):
+                stack.enter_context(calling(layer, functools.partial(quietly, layer.call)))
+        yield
+
+
+def _by_chance(layer: keras.layers.Layer) -> bool:
+    return isinstance(layer, keras.layers.BatchNormalization) or any(
+        isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values()
     )
 
 
