@@ -165,10 +165,11 @@ def _noise(
             for name, value in bare.items()
         }
 
-    noise = largest([by_order(0)])
+    first = by_order(0)
+    noise = largest([first])
     if max(noise.values(), default=0.0) > _AMPLIFIED:
         rounding = largest([by_rounding(seed) for seed in range(_SAMPLES)])
-        orders = largest([by_order(seed) for seed in range(_SAMPLES)])
+        orders = largest([first, *(by_order(seed) for seed in range(1, _SAMPLES))])
         for name, size in rounding.items():
             noise[name] = size if orders[name] > _LARGEST_NOISE else max(size, orders[name])
     # What amplifies the rounding of one gradient does so to all that pass through it, and to what
