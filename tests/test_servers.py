@@ -10,6 +10,7 @@ import logging
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -391,6 +392,36 @@ def test_a_script_and_servers_on_loopback(tmp_path: Path) -> None:
     finally:
         for each in running:
             each.end()
+
+
+# Sends a signal once more at each line of what handles the first one, up to ten times.
+TOLD_TWICE = """
+import os, signal, sys, threading
+from parallel_keras.commands import serve
+
+left = 10
+
+def tell(frame, event, argument):
+    global left
+    outer = frame
+    while outer is not None and outer.f_code.co_name != "end":
+        outer = outer.f_back
+    if outer is not None and left:
+        left -= 1
+        signal.raise_signal(signal.SIGTERM)
+    return tell
+
+sys.settrace(tell)
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+serve.run_until_ended()
+"""
+
+
+def test_a_server_ends_however_often_it_is_told() -> None:
+    """Ctrl-C once more, before the first one was through, left it waiting for its own lock."""
+    command = [sys.executable, "-c", TOLD_TWICE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_connect_nothing_changes(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from typing import Any, Final
+import time
+from typing import Any, Final, NoReturn
 
 from absl import flags
 
@@ -49,7 +49,7 @@ _TIMEOUT: Final = flags.DEFINE_float(
 _PAUSE: Final = 2.0
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Runs the server until it is told to end, and then ends the process."""
     import tensorflow as tf
 
@@ -67,9 +67,7 @@ def main() -> None:
     devices = ", ".join(name.removeprefix("/physical_device:") for name in names)
     print(f"Security: {listening.SECURITY % own.address}", flush=True)
     print(f"Serving {devices} on {own.address} {limits}. Ctrl-C ends it.", flush=True)
-    _until_ended()
-    # TensorFlow has no clean end of a server: it took over 20 s once a script had failed.
-    os._exit(0)
+    run_until_ended()
 
 
 def _own_task() -> Task:
@@ -133,13 +131,16 @@ def _limit(own: Task, hosts: list[str] | None) -> str:
     return where + ("to everyone" if hosts is None else f"to {', '.join(hosts)}")
 
 
-def _until_ended() -> None:
-    ended = threading.Event()
+def run_until_ended() -> NoReturn:
+    """Serves until SIGINT (Ctrl-C) or SIGTERM, and then ends the process."""
 
     def end(*_: Any) -> None:
-        ended.set()
+        # TensorFlow has no clean end of a server: it took over 20 s once a script had failed. And
+        # another signal may come while this runs, so that nothing here may wait for a lock.
+        os._exit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    while not ended.wait(_PAUSE):
+    while True:
+        time.sleep(_PAUSE)
         sockets.notice_any_silence(_TIMEOUT.value)
