@@ -27,7 +27,7 @@ def test_two_workers_equal_one_device(tmp_path: Path) -> None:
         [sys.executable, "-m", "tests.ray_client", str(tmp_path)],
         env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
         check=True,
-        timeout=240,
+        timeout=900,
     )
     expected = ray_client.fit(lambda template: template)
     for index in range(2):
