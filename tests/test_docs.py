@@ -3,10 +3,12 @@
 A block that cannot run here says so in its first line, `# Needs ...`: it is only compiled.
 """
 
+import functools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,30 @@ WITH_CODE = [page for page in PAGES if page.name not in ELSEWHERE and parse(page
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
+# Printed after each block, so that one run of a page also tells what a single block says.
+END = "--- end of block ---"
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[str]]:
+    """What each block of a page prints; a page runs once."""
+
+    @functools.cache
+    def run(page: Path) -> list[str]:
+        folder = tmp_path_factory.mktemp("page")
+        script = folder / "page.py"
+        lines = [f"{each.parsed}\nprint({END!r})\n" for each in parse(page) if is_run(each)]
+        script.write_text("\n".join(lines))
+        done = subprocess.run(
+            [sys.executable, script], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True,
+            check=False, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split(f"{END}\n")
+
+    return run
+
+
 @pytest.mark.parametrize(
     "page",
     [
@@ -52,16 +78,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3
         for page in WITH_CODE
     ],
 )
-def test_blocks_run(page: Path, tmp_path: Path) -> None:
-    script = tmp_path / "page.py"
+def test_blocks_run(page: Path, printed: Callable[[Path], list[str]]) -> None:
     for example in parse(page):
         compile(example.parsed, example.path, "exec")
-    script.write_text("\n".join(each.parsed for each in parse(page) if is_run(each)))
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-        check=False, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert len(printed(page)) == 1 + sum(map(is_run, parse(page)))
 
 
 def test_most_blocks_run() -> None:
@@ -87,12 +107,9 @@ def test_every_command_is_documented() -> None:
     assert [name for name in COMMANDS if f"| `{name}" not in page] == []
 
 
-def test_the_first_example_prints_what_the_readme_says(tmp_path: Path) -> None:
+def test_the_first_example_prints_what_the_readme_says(
+    printed: Callable[[Path], list[str]],
+) -> None:
     page = ROOT / "README.md"
     [expected] = re.findall(r"^```text\n(.*?)^```$", page.read_text(), re.M | re.S)
-    first = next(each.parsed for each in parse(page) if is_run(each))
-    done = subprocess.run(
-        [sys.executable, "-c", first], cwd=tmp_path, env=ENVIRONMENT, capture_output=True,
-        text=True, check=True, timeout=240,
-    )  # fmt: skip
-    assert done.stdout == expected
+    assert printed(page)[0] == expected
