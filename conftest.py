@@ -97,7 +97,8 @@ def same_weights(request: pytest.FixtureRequest) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves most cases of long sweeps to `make test-ci`."""
-    from tests.sweeps import mark_rest
+    """Leaves most cases of long sweeps to `make test-ci`, and puts long files first."""
+    from tests.sweeps import longest_first, mark_rest
 
     mark_rest(items)
+    longest_first(items)

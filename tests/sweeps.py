@@ -1,4 +1,4 @@
-"""Which cases of a long sweep `make test` runs; the rest is left to `make test-ci`."""
+"""In which order tests run, and which of a long sweep `make test` leaves to `make test-ci`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,39 @@ import collections
 from collections.abc import Sequence
 
 import pytest
+
+# What takes longest, or waits for processes that it starts: begun last, one of two processes would
+# be left without work meanwhile.
+FIRST = (
+    "test_workers",
+    "test_remote",
+    "test_commands",
+    "test_docs",
+    "test_programs",
+    "test_faults_gradients",
+    "test_weights_on",
+    "test_verify",
+    "test_losses",
+    "test_models",
+    "test_explain",
+    "test_faults_tracing",
+    "test_faults_own_loops",
+    "test_resume",
+    "test_devices",
+)
+
+
+def longest_first(items: list[pytest.Item]) -> None:
+    """Sorts tests by their files; the order within a file stays.
+
+    Args:
+        items: All tests that were collected.
+    """
+
+    def place(item: pytest.Item) -> int:
+        return FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST)
+
+    items.sort(key=place)
 
 
 def mark_rest(items: Sequence[pytest.Item]) -> None:

@@ -317,6 +317,7 @@ def forgetful() -> keras.Model:
     )
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["towers", "merged"])
 def test_nothing_is_changed(loss_on: str) -> None:
     parallel = pk.DataParallelModel(forgetful(), 2, loss_on=loss_on)

@@ -97,7 +97,7 @@ def recurrent() -> tuple[keras.Model, list[Callable[[], None]]]:
     ]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("towers", TOWERS)
 @pytest.mark.parametrize("build", [custom, of_keras, recurrent])
 def test_a_call_does_what_python_says_now(build: Any, towers: int) -> None:
@@ -152,6 +152,7 @@ def test_what_is_traced_is_kept_while_it_holds(monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 5  # as on one device, and not once for each of the towers
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("towers", TOWERS)
 def test_the_first_trace_of_each_kind_of_step_reads_python_anew(towers: int) -> None:
     """X8: Keras keeps the function of `predict`; that of `evaluate` is another one."""
@@ -196,6 +197,7 @@ class EagerOnly(keras.Model):
         return self.norm(y)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("towers", TOWERS)
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 def test_models_that_only_run_eagerly(loss_on: str, towers: int) -> None:

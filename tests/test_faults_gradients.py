@@ -98,7 +98,7 @@ def counted(dataset_of: tuple[int, ...], steps: int = STEPS) -> tf.data.Dataset:
     return batches(dataset_of, rows(total, steps, WIDTH), rows(total, 2, seed=1))
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("optimizer", "loss_on"),
     [*((name, "towers") for name in OPTIMIZERS), ("adam", "merged"), ("clipnorm", "merged")],
@@ -113,7 +113,7 @@ def test_position_tables(optimizer: str, loss_on: str) -> None:
     assert_same_fit(bare, parallel, x, y, batch_size=7, epochs=2)
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("loss_on", "unknown"), [("merged", False), ("towers", True)])
 @pytest.mark.parametrize("how", WAYS)
 def test_ways_to_look_up(how: str, loss_on: str, unknown: bool) -> None:
@@ -129,7 +129,7 @@ def test_ways_to_look_up(how: str, loss_on: str, unknown: bool) -> None:
         assert_same_fit(bare, parallel, x, y, batch_size=6, epochs=2)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("how", ["positions", "positions of each row", "relative positions"])
 def test_sequences_of_any_length(how: str, loss_on: str) -> None:
@@ -159,7 +159,7 @@ def test_lengths_that_nobody_knows() -> None:
         sparse.apart(gradient, [(slices.ROWS, None), (slices.SAME, None)])
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("mode", ["run_eagerly", "jit_compile"])
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("how", ["positions", "words", "words and positions"])
@@ -178,7 +178,7 @@ def on_sparse() -> keras.Model:
     return keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Dense(3)(inputs)))
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "lion", "clipnorm", "clipvalue"])
 def test_dense_layers_on_sparse_inputs(optimizer: str, loss_on: str) -> None:
@@ -209,6 +209,7 @@ class OwnSteps(keras.Model):
         return {"loss": loss}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("how", ["positions", "words", "words and positions"])
 def test_steps_of_the_templates_own(how: str) -> None:
     """X1: the gradient that a tape over the model gives."""

@@ -87,7 +87,7 @@ class MetricsRead(Reads):
         return {**metrics, "size": tf.reduce_mean(self.encoder.hidden * y[:, :1])}
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", [Reads, StepReads, MetricsRead])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("towers", TOWERS)
@@ -109,6 +109,7 @@ def test_batches_of_unknown_size(towers: int) -> None:
     assert_same_fit(bare, parallel, batches([4, 2, 3], x, y))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("loss_on", "eager"), [("auto", False), ("towers", False), ("auto", True), ("merged", True)]
 )

@@ -49,7 +49,7 @@ TERMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", TERMS)
 def test_terms(name: str, loss_on: str) -> None:
@@ -97,6 +97,7 @@ class Encoder(keras.Model):
         return self.out(h)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 def test_sums_and_means_in_one_model(loss_on: str) -> None:
     """X9: what nobody declared is found out by trying the layer that adds it."""
@@ -206,7 +207,7 @@ def regularised(make: Callable[[], Any]) -> Callable[[], keras.Model]:
     )
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_activity_regularisers(name: str) -> None:
     """X9: of the whole batch, also those that look at several rows."""
@@ -220,6 +221,7 @@ def test_activity_regularisers(name: str) -> None:
         np.testing.assert_allclose(scores[1], scores[0], rtol=1e-5)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mode", ["run_eagerly", "jit_compile"])
 def test_activity_regularisers_otherwise(mode: str) -> None:
     """X9: without a graph, and by XLA."""

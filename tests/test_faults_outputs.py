@@ -69,6 +69,7 @@ def compared(template: keras.Model, parallel: keras.Model, call: Any, x: np.ndar
         np.testing.assert_allclose(other, one, rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", SAME)
 def test_what_can_be_merged(name: str) -> None:
     """X7: a table without rows is one table, whatever its size and however it is asked for."""
@@ -79,6 +80,7 @@ def test_what_can_be_merged(name: str) -> None:
             compared(template, pk.DataParallelModel(template, TOWERS), call, rows(size, 3))
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_merged(name: str) -> None:
     """X7: rows on another axis, all pairs of rows, and what is made of all of them."""
@@ -294,6 +296,7 @@ APART: dict[str, Callable[[], keras.layers.Layer]] = {
 }
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("name", [*MIXING, *APART])
 def test_layers_that_look_at_several_rows_are_named(
     name: str, caplog: pytest.LogCaptureFixture

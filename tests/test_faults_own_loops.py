@@ -155,7 +155,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("towers", "kind", "how"), CASES)
 def test_loops_of_the_template(towers: int, kind: Any, how: dict[str, Any]) -> None:
     """X3: what a template does in its loops is done once, and its steps are the parallel ones."""

@@ -48,7 +48,7 @@ def sequences() -> tf.data.Dataset:
     return batches(SIZES, rows(12, 5, 3), rows(12, 2, seed=1))
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("loss_on", "arguments"),
     [
@@ -79,7 +79,7 @@ def test_state_is_assigned_in_a_cell_on_one_tower() -> None:
     assert_same_fit(bare, parallel, sequences(), epochs=2)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "make",
     [
@@ -148,6 +148,7 @@ class Net(keras.Model):
         return self.dense(self.norm(x))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 def test_state_is_assigned_in_a_condition(loss_on: str) -> None:
     """X14: also of what is trained, and of a model that is not built."""
@@ -234,6 +235,7 @@ KEPT = [
 ]
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(("make", "change", "name"), KEPT)
 def test_state_outside_of_keras_is_refused(make: Any, change: Any, name: str) -> None:
     """X6: each tower would change it, where one device does it once."""

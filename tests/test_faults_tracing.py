@@ -146,6 +146,7 @@ LOOKING = [
 ]
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("build", "loss_on"), LOOKING)
 def test_custom_gradients_find_weights(build: Callable[[], keras.Model], loss_on: str) -> None:
     """X5: a gradient that looks for variables found tensors, and trained none."""
@@ -287,7 +288,7 @@ class Compiled(keras.layers.Layer):
         return self.helper(x)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("layer", "loss_on", "called"),
     [

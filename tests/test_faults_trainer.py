@@ -275,6 +275,7 @@ def test_legacy_files_are_laid_out_as_those_of_one_device(
 
 
 # Keras says so where it did not know how much data there is.
+@pytest.mark.sweep(2)
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("steps", [1, 3])
@@ -339,7 +340,7 @@ class CountsInItsLoss(CountsItself):
         return tf.reduce_mean(tf.square(y - y_pred))
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", [CountsItself, CountsInItsLoss])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])

@@ -57,7 +57,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str, weighted: bool) -> None:
@@ -145,6 +145,7 @@ def two_outputs_in_a_list() -> keras.Model:
     return keras.Model(model.inputs[0], [model.outputs[0], model.outputs[1]])
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 @pytest.mark.parametrize("structure", ["dict", "list"])
 def test_several_outputs(structure: str, loss_on: str) -> None:
@@ -241,6 +242,7 @@ class Vae(keras.Model):
         return self.decoder(code)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("towers", [2, 3])
 @pytest.mark.parametrize("loss", ["mse", None])
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")  # the decoder, where loss=None

@@ -158,6 +158,7 @@ def test_variational_autoencoder() -> None:
         assert_same_fit(bare, parallel, {"x": x, "noise": noise}, x, batch_size=7, epochs=2)
 
 
+@pytest.mark.rest
 @pytest.mark.timeout(600)
 def test_historical_example(tmp_path: Any) -> None:
     """The documented use of multi_gpu_model, as in the README, at a small size."""

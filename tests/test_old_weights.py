@@ -96,7 +96,7 @@ def test_files_of_both_kerases_and_both_kinds_are_there() -> None:
     assert {path.name.split("-")[0] for path in WRITTEN} == {"keras", "tf"}
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
 @pytest.mark.parametrize("prefix", ["", "my_"])
 def test_they_predict_what_they_predicted_then(path: Path, prefix: str) -> None:

@@ -48,7 +48,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-@pytest.mark.sweep(7)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name: str) -> None:
     """C10: https://github.com/tensorflow/tensorflow/issues/32960."""
@@ -58,6 +58,7 @@ def test_optimizers(name: str) -> None:
     assert_same_fit(bare, parallel, x, y, batch_size=8, epochs=4)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy: str, loss_on: str) -> None:
@@ -116,6 +117,7 @@ def test_overflow_on_one_tower_skips_the_step(loss_on: str) -> None:
     assert_same_variables(bare, parallel)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 def test_frozen_layers_stay_bit_equal(loss_on: str) -> None:
     """C4: https://github.com/keras-team/keras/issues/9198."""

@@ -30,7 +30,7 @@ def _sizes(towers: int) -> list[int]:
     return (sizes * 20)[: max(20, len(sizes))][::-1]
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("towers", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
@@ -137,6 +137,7 @@ def test_steps_per_execution(loss_on: str) -> None:
     )
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 def test_compiled_by_xla(loss_on: str) -> None:
     """P5: the towers compile, never the step around them."""

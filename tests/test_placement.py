@@ -54,6 +54,7 @@ def calls(graph: tf.Graph) -> dict[str, list[tf.Operation]]:
     return dict(found)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.usefixtures("eight_gpus")
 @pytest.mark.parametrize("merge_device", ["/CPU:0", "/gpu:3"])
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
@@ -165,6 +166,7 @@ def test_towers_are_traced_once() -> None:
         assert len(traces) == 2
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 def test_the_step_is_traced_once_for_each_kind_of_batch(
     loss_on: str, monkeypatch: pytest.MonkeyPatch

@@ -72,25 +72,25 @@ def check(make: Make) -> None:
     assert_same(run(make), run(make, TOWERS))
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(text))
 def test_text(make: Make) -> None:
     check(make)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(vision))
 def test_vision(make: Make) -> None:
     check(make)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(generative))
 def test_generative(make: Make) -> None:
     check(make)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(structured))
 def test_structured(make: Make) -> None:
     check(make)

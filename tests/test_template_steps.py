@@ -188,7 +188,7 @@ def both(case: str, towers: int) -> tuple[keras.Model, pk.DataParallelModel, tup
     return models[0], parallel, data
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("case", "towers"), [*((case, 4) for case in CASES), ("adversarial", 1), ("adversarial", 2)]
 )
@@ -205,6 +205,7 @@ def test_tutorials(case: str, towers: int) -> None:
     assert_same_variables(bare, parallel)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("case", ["autoencoder", "distillation", "metrics"])
 def test_evaluate(case: str) -> None:
     bare, parallel, data = both(case, 4)

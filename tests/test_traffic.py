@@ -59,7 +59,7 @@ def traced(
     return parallel, step.get_concrete_function(data).graph
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.usefixtures("eight_gpus")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -99,7 +99,7 @@ def test_weights_in_one_place_are_summed_and_updated_there(weights_on: str, loss
             assert home in (source, target), tensor
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.usefixtures("eight_gpus")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -136,7 +136,7 @@ def reads(graph: tf.Graph, variable: keras.Variable) -> list[str]:
     ]
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss_on", ["towers", "merged"])
 @pytest.mark.parametrize("towers", [1, 3, 8])

@@ -168,7 +168,7 @@ def data(*, ids: bool = False) -> tf.data.Dataset:
     return batches(SIZES, x, rows(count, 3, seed=1))
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(5)
 @pytest.mark.usefixtures("links_between")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -195,7 +195,7 @@ def slots(optimizer: Any) -> list[tuple[keras.Variable, keras.Variable]]:
     ]
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.usefixtures("links_between")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", MODELS)
@@ -223,7 +223,7 @@ def test_models_without_links(name: str, loss_on: str) -> None:
     assert_same_fit(bare, parallel, data(ids=name == "table"), epochs=2)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.usefixtures("links_between")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("how", ["eager", "jit", "mixed", "several steps", "two outputs"])

@@ -91,6 +91,39 @@ def shuffled_arrays(wrap: Any) -> Numbers:
     return numbers(model, history)
 
 
+@case
+def dict_inputs_and_normalization(wrap: Any) -> Numbers:
+    """W1: https://github.com/keras-team/keras/issues/20329."""
+    keras.utils.set_random_seed(7)
+    wide, deep = keras.Input((4,), name="wide"), keras.Input((6,), name="deep")
+    # A bias would only be moved by rounding errors, which Adam makes as large as gradients.
+    hidden = keras.layers.Dense(5, use_bias=False)(deep)
+    hidden = keras.layers.BatchNormalization(synchronized=True, momentum=0.8)(hidden)
+    merged = keras.layers.Concatenate()([wide, keras.layers.Activation("tanh")(hidden)])
+    model = wrap(keras.Model({"wide": wide, "deep": deep}, keras.layers.Dense(2)(merged)))
+    model.compile("adam", "mse")
+    x = {"wide": rows(23, 4), "deep": rows(23, 6, seed=2)}
+    data = batches([8, 3, 6, 1, 5], x, rows(23, 2, seed=1))
+    history = model.fit(data, epochs=3, verbose=0)
+    return numbers(model, history, outputs=model.predict(data, verbose=0))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def contrastive(y_true: Any, y_pred: Any) -> Any:
+    """Every row against every other one of the batch."""
+    scores = keras.ops.matmul(y_pred, keras.ops.transpose(y_pred))
+    return keras.ops.logsumexp(scores, axis=-1) - keras.ops.sum(y_true * y_pred, axis=-1)
+
+
+@case
+def loss_of_the_whole_batch(wrap: Any) -> Numbers:
+    model = wrap(mlp())
+    model.compile("adam", contrastive, metrics=["mae"])
+    data = batches([8, 3, 1, 6], rows(18, 6), rows(18, 3, seed=1))
+    history = model.fit(data, epochs=2, verbose=0, validation_data=data)
+    return numbers(model, history)
+
+
 @keras.saving.register_keras_serializable(package="tests")
 class Seen(keras.layers.Layer):
     """Counts how often it was given each row."""
@@ -119,23 +152,6 @@ def every_row_once(wrap: Any) -> Numbers:
 
 
 @case
-def dict_inputs_and_normalization(wrap: Any) -> Numbers:
-    """W1: https://github.com/keras-team/keras/issues/20329."""
-    keras.utils.set_random_seed(7)
-    wide, deep = keras.Input((4,), name="wide"), keras.Input((6,), name="deep")
-    # A bias would only be moved by rounding errors, which Adam makes as large as gradients.
-    hidden = keras.layers.Dense(5, use_bias=False)(deep)
-    hidden = keras.layers.BatchNormalization(synchronized=True, momentum=0.8)(hidden)
-    merged = keras.layers.Concatenate()([wide, keras.layers.Activation("tanh")(hidden)])
-    model = wrap(keras.Model({"wide": wide, "deep": deep}, keras.layers.Dense(2)(merged)))
-    model.compile("adam", "mse")
-    x = {"wide": rows(23, 4), "deep": rows(23, 6, seed=2)}
-    data = batches([8, 3, 6, 1, 5], x, rows(23, 2, seed=1))
-    history = model.fit(data, epochs=3, verbose=0)
-    return numbers(model, history, outputs=model.predict(data, verbose=0))
-
-
-@case
 def normalization_statistics(wrap: Any) -> Numbers:
     """By default each shard is normalised by itself, the statistics are the whole batch's."""
     keras.utils.set_random_seed(7)
@@ -144,22 +160,6 @@ def normalization_statistics(wrap: Any) -> Numbers:
     model.compile(keras.optimizers.SGD(0.0), "mse")
     model.fit(batches([7, 9, 2], rows(18, 5), rows(18, 1, seed=1)), verbose=0)
     return {f"weight {i}": v.numpy() for i, v in enumerate(model.variables_of_template)}
-
-
-@keras.saving.register_keras_serializable(package="tests")
-def contrastive(y_true: Any, y_pred: Any) -> Any:
-    """Every row against every other one of the batch."""
-    scores = keras.ops.matmul(y_pred, keras.ops.transpose(y_pred))
-    return keras.ops.logsumexp(scores, axis=-1) - keras.ops.sum(y_true * y_pred, axis=-1)
-
-
-@case
-def loss_of_the_whole_batch(wrap: Any) -> Numbers:
-    model = wrap(mlp())
-    model.compile("adam", contrastive, metrics=["mae"])
-    data = batches([8, 3, 1, 6], rows(18, 6), rows(18, 3, seed=1))
-    history = model.fit(data, epochs=2, verbose=0, validation_data=data)
-    return numbers(model, history)
 
 
 @case
