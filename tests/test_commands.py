@@ -1,6 +1,6 @@
 """The commands as a user runs them: a process each, all of them at the same time.
 
-Those that only fail are forks of one process, which has imported the library for all of them.
+Most are forks of one process, which has imported the library for all of them.
 """
 
 import configparser
@@ -36,7 +36,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-FAILING = [name for name in COMMANDS if name not in ("devices", "table", "explain")]
+FORKED = [name for name in COMMANDS if name not in ("devices", "explain")]
 # Each fork has streams, arguments and an end of its own, as a process of its own has.
 FORKS = """
 import json, os, runpy, sys
@@ -62,12 +62,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Co
     model.compile("adam", "mse")
     model.save(folder / "net.keras")
     (folder / "broken.keras").write_text("not a model")
-    failing = {name: COMMANDS[name] for name in FAILING}
+    forked = {name: COMMANDS[name] for name in FORKED}
     programs = {
         name: ["-m", "parallel_keras", *command]
         for name, command in COMMANDS.items()
-        if name not in FAILING
-    } | {"forks": ["-c", FORKS, json.dumps(failing)]}
+        if name not in FORKED
+    } | {"forks": ["-c", FORKS, json.dumps(forked)]}
     processes = {
         name: subprocess.Popen(
             [sys.executable, *program],
@@ -81,7 +81,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Co
         out, err = process.communicate(timeout=500)
         done[name] = subprocess.CompletedProcess(programs[name], process.returncode, out, err)
     assert done["forks"].returncode == 0, done["forks"].stderr
-    for name, code in zip(FAILING, json.loads(done["forks"].stdout), strict=True):
+    for name, code in zip(FORKED, json.loads(done["forks"].stdout), strict=True):
         out, err = ((folder / f"{name} {stream}").read_text() for stream in ("out", "err"))
         done[name] = subprocess.CompletedProcess(COMMANDS[name], code, out, err)
     done["folder"] = folder

@@ -117,13 +117,31 @@ def test_virtual_devices_refuses(arguments: Any, error: Any, match: str) -> None
         devices.virtual_devices(*arguments)
 
 
-def test_virtual_devices_before_the_start() -> None:
+def test_virtual_devices_before_and_after_the_start() -> None:
+    """In processes of their own: nothing that the tests set up plays a part.
+
+    The second is a fork of the first, from before either starts TensorFlow's runtime: so
+    TensorFlow is imported once.
+    """
     code = (
-        "import parallel_keras as pk, tensorflow as tf\n"
-        "names = pk.virtual_devices(3)\n"
-        "assert names == [d.name for d in tf.config.list_logical_devices('CPU')], names\n"
-        "assert names == ['/device:CPU:0', '/device:CPU:1', '/device:CPU:2']\n"
-        "assert pk.devices.resolve() == tuple(names)\n"
+        "import os, keras, parallel_keras as pk, tensorflow as tf\n"
+        "fork = os.fork()\n"
+        "if fork:\n"
+        "    names = pk.virtual_devices(3)\n"
+        "    assert names == [d.name for d in tf.config.list_logical_devices('CPU')], names\n"
+        "    assert names == ['/device:CPU:0', '/device:CPU:1', '/device:CPU:2']\n"
+        "    assert pk.devices.resolve() == tuple(names)\n"
+        "    assert os.waitpid(fork, 0)[1] == 0\n"
+        "else:\n"
+        "    tf.zeros(1)\n"
+        "    try:\n"
+        "        pk.virtual_devices(2)\n"
+        "    except ValueError as error:\n"
+        "        assert 'before TensorFlow starts its runtime' in str(error), error\n"
+        "        assert 'count=2' in str(error) and 'top of the script' in str(error), error\n"
+        "    else:\n"
+        "        raise SystemExit('nothing was raised')\n"
+        "    assert len(tf.config.list_logical_devices('CPU')) == 1\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -142,23 +160,6 @@ def test_errors_list_what_exists(monkeypatch: pytest.MonkeyPatch, wanted: Any) -
         devices.resolve(wanted)
     for name in CPUS:
         assert name in str(caught.value)
-
-
-def test_virtual_devices_after_the_start() -> None:
-    """In a process of its own: nothing that the tests set up plays a part."""
-    code = (
-        "import parallel_keras as pk, tensorflow as tf\n"
-        "tf.zeros(1)\n"
-        "try:\n"
-        "    pk.virtual_devices(2)\n"
-        "except ValueError as error:\n"
-        "    assert 'before TensorFlow starts its runtime' in str(error), error\n"
-        "    assert 'count=2' in str(error) and 'top of the script' in str(error), error\n"
-        "else:\n"
-        "    raise SystemExit('nothing was raised')\n"
-        "assert len(tf.config.list_logical_devices('CPU')) == 1\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("kind", ["GPU", "gpu"])
