@@ -53,7 +53,7 @@ def torn(folder: Path, epoch: int) -> None:
     fit(compiled(), epoch + 1, backup, Dies(folder, epoch))
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_no_epoch_is_trained_twice(

@@ -98,7 +98,7 @@ def counted(dataset_of: tuple[int, ...], steps: int = STEPS) -> tf.data.Dataset:
     return batches(dataset_of, rows(total, steps, WIDTH), rows(total, 2, seed=1))
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("optimizer", "loss_on"),
     [*((name, "towers") for name in OPTIMIZERS), ("adam", "merged"), ("clipnorm", "merged")],
@@ -142,6 +142,7 @@ def test_sequences_of_any_length(how: str, loss_on: str) -> None:
     assert_same_fit(bare, parallel, rows(9, 4, WIDTH), rows(9, 2), batch_size=6)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 def test_words_and_positions_of_any_length(loss_on: str) -> None:
     """X1: one table for words and positions, of sequences of any length."""
@@ -209,7 +210,7 @@ class OwnSteps(keras.Model):
         return {"loss": loss}
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("how", ["positions", "words", "words and positions"])
 def test_steps_of_the_templates_own(how: str) -> None:
     """X1: the gradient that a tape over the model gives."""

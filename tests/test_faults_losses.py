@@ -49,7 +49,7 @@ TERMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", TERMS)
 def test_terms(name: str, loss_on: str) -> None:
@@ -207,7 +207,7 @@ def regularised(make: Callable[[], Any]) -> Callable[[], keras.Model]:
     )
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_activity_regularisers(name: str) -> None:
     """X9: of the whole batch, also those that look at several rows."""

@@ -62,7 +62,7 @@ def moves(name: str, **options: Any) -> Callable[[], keras.Model]:
     )
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", KINDS)
 def test_moved_by_rows(name: str, loss_on: str) -> None:
@@ -82,7 +82,7 @@ def test_declarations(aggregation: str) -> None:
     assert_same_fit(bare, parallel, batches((7, 6, 2), rows(15, 3), rows(15, 2)), epochs=2)
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("mode", ["run_eagerly", "jit_compile"])
 @pytest.mark.parametrize("name", ["moving sum", "moving mean", "largest ever"])
 def test_otherwise(name: str, mode: str) -> None:

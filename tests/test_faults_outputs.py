@@ -69,7 +69,7 @@ def compared(template: keras.Model, parallel: keras.Model, call: Any, x: np.ndar
         np.testing.assert_allclose(other, one, rtol=RTOL, atol=ATOL)
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", SAME)
 def test_what_can_be_merged(name: str) -> None:
     """X7: a table without rows is one table, whatever its size and however it is asked for."""

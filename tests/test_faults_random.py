@@ -97,7 +97,7 @@ def one_for_each_tower(draw: Callable[[tf.Tensor], tf.Tensor]) -> bool:
     return draw is shuffled
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_towers_draw_from_streams_of_their_own(draw: Callable[[tf.Tensor], tf.Tensor]) -> None:
     """X2: a stateful operation was copied with its seed to each tower."""

@@ -146,7 +146,7 @@ LOOKING = [
 ]
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("build", "loss_on"), LOOKING)
 def test_custom_gradients_find_weights(build: Callable[[], keras.Model], loss_on: str) -> None:
     """X5: a gradient that looks for variables found tensors, and trained none."""

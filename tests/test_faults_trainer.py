@@ -96,6 +96,7 @@ def test_training_is_what_it_is_on_one_device(kind: Any, towers: int) -> None:
     same(parallel.evaluate(x, y, verbose=0), bare.evaluate(x, y, verbose=0))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 @pytest.mark.parametrize("eager", [False, True])
 def test_layers_of_a_model_that_takes_no_training(loss_on: str, eager: bool) -> None:
@@ -340,7 +341,7 @@ class CountsInItsLoss(CountsItself):
         return tf.reduce_mean(tf.square(y - y_pred))
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", [CountsItself, CountsInItsLoss])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])

@@ -280,6 +280,7 @@ CHECKPOINTS = {
 }
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("kind", list(CHECKPOINTS))
 def test_checkpoints_are_those_of_one_device(kind: str, tmp_path: Path) -> None:
     """S1: https://github.com/keras-team/keras/issues/8123."""

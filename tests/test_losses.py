@@ -57,7 +57,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str, weighted: bool) -> None:
@@ -77,6 +77,7 @@ def test_losses(name: str, weighted: bool) -> None:
             assert_same_fit(bare, parallel, x, y, batch_size=7, epochs=2, **extra)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 def test_class_weight(loss_on: str) -> None:
     """N12: https://github.com/tensorflow/tensorflow/issues/41290."""
@@ -145,7 +146,7 @@ def two_outputs_in_a_list() -> keras.Model:
     return keras.Model(model.inputs[0], [model.outputs[0], model.outputs[1]])
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 @pytest.mark.parametrize("structure", ["dict", "list"])
 def test_several_outputs(structure: str, loss_on: str) -> None:
@@ -208,6 +209,7 @@ def regularised(reduce: Any = keras.ops.mean) -> keras.Model:
     )
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 def test_regularisers_and_add_loss(loss_on: str) -> None:
     """N4: https://github.com/keras-team/keras/issues/7178."""

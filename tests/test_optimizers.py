@@ -48,7 +48,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name: str) -> None:
     """C10: https://github.com/tensorflow/tensorflow/issues/32960."""
@@ -58,7 +58,7 @@ def test_optimizers(name: str) -> None:
     assert_same_fit(bare, parallel, x, y, batch_size=8, epochs=4)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy: str, loss_on: str) -> None:

@@ -30,7 +30,7 @@ def _sizes(towers: int) -> list[int]:
     return (sizes * 20)[: max(20, len(sizes))][::-1]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("towers", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
@@ -122,6 +122,7 @@ def test_eagerly(loss_on: str) -> None:
     assert_same_fit(bare, parallel, x, y, batch_size=5, epochs=2)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 def test_steps_per_execution(loss_on: str) -> None:
     x, y = rows(33, 6), rows(33, 3, seed=1)

@@ -98,6 +98,7 @@ def test_synchronized_normalisation_of_known_size() -> None:
         )
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("size", [10, 7, 3, 1])
 def test_default_normalisation_keeps_the_statistics_of_the_whole_batch(size: int) -> None:
     """N5: one momentum update a step, https://github.com/pytorch/pytorch/issues/1051."""

@@ -54,7 +54,7 @@ def _state(model: keras.Model) -> list[keras.Variable]:
     return [*model.variables, *(variable for metric in metrics for variable in metric.variables)]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("sizes", [[8, 8], [10, 7], [3, 1]])
 def test_every_kind_of_state(sizes: list[int], known: bool) -> None:
@@ -233,6 +233,7 @@ def test_only_first_replica_is_the_first_towers() -> None:
     np.testing.assert_allclose(float(template.layers[0].first.value), x[:3].sum(), rtol=RTOL)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("size", [10, 7, 8, 3])
 def test_counters_without_a_graph(size: int) -> None:
     """Equal shards tell nothing: what counts rows is found out from a few, as in a graph."""

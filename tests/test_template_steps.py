@@ -205,7 +205,7 @@ def test_tutorials(case: str, towers: int) -> None:
     assert_same_variables(bare, parallel)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("case", ["autoencoder", "distillation", "metrics"])
 def test_evaluate(case: str) -> None:
     bare, parallel, data = both(case, 4)
@@ -216,6 +216,7 @@ def test_evaluate(case: str) -> None:
         np.testing.assert_allclose(actual[key], value, rtol=RTOL, atol=ATOL, err_msg=key)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("how", [{"run_eagerly": True}, {"steps_per_execution": 3}])
 def test_ways_to_run(how: dict[str, Any]) -> None:
     bare, parallel, data = both("distillation", 3)

@@ -99,7 +99,7 @@ def test_weights_in_one_place_are_summed_and_updated_there(weights_on: str, loss
             assert home in (source, target), tensor
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.usefixtures("eight_gpus")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -120,7 +120,7 @@ def test_messages_do_not_grow_with_the_number_of_small_weights(name: str, loss_o
     assert max(few.values()) < 40, counts
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_conditions_fetch_no_weights(

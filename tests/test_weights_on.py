@@ -168,7 +168,7 @@ def data(*, ids: bool = False) -> tf.data.Dataset:
     return batches(SIZES, x, rows(count, 3, seed=1))
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(4)
 @pytest.mark.usefixtures("links_between")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -195,7 +195,7 @@ def slots(optimizer: Any) -> list[tuple[keras.Variable, keras.Variable]]:
     ]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.usefixtures("links_between")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", MODELS)
@@ -213,7 +213,7 @@ def test_models(name: str, loss_on: str) -> None:
     np.testing.assert_allclose(parallel(x), bare(x), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", ["regularised", "normalised", "table"])
 def test_models_without_links(name: str, loss_on: str) -> None:
@@ -331,6 +331,7 @@ def test_all_on_one_device() -> None:
     assert {place(variable) for variable in everything} == {"CPU:5"}
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("how", ["build", "fit", "call", "train_on_batch", "unknown shapes"])
 def test_templates_without_weights_are_spread_when_they_have_some(how: str) -> None:
     template = keras.Sequential([L.Dense(7, activation="tanh"), L.Dense(3)])

@@ -612,9 +612,9 @@ def super_resolution() -> Program:
 
 
 PROGRAMS = (
+    u_net,
     vision_transformer,
     mobile_vit,
-    u_net,
     captcha_reader,
     triplets,
     metric_learning,
