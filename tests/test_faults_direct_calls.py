@@ -152,7 +152,6 @@ def test_what_is_traced_is_kept_while_it_holds(monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 5  # as on one device, and not once for each of the towers
 
 
-@pytest.mark.sweep(1)
 @pytest.mark.parametrize("towers", TOWERS)
 def test_the_first_trace_of_each_kind_of_step_reads_python_anew(towers: int) -> None:
     """X8: Keras keeps the function of `predict`; that of `evaluate` is another one."""

@@ -87,7 +87,7 @@ class MetricsRead(Reads):
         return {**metrics, "size": tf.reduce_mean(self.encoder.hidden * y[:, :1])}
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", [Reads, StepReads, MetricsRead])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("towers", TOWERS)
@@ -101,7 +101,6 @@ def test_losses_and_metrics_read_what_call_left(towers: int, eager: bool, kind: 
         np.testing.assert_allclose(results[1], results[0], rtol=RTOL, atol=ATOL)
 
 
-@pytest.mark.sweep(1)
 @pytest.mark.parametrize("towers", TOWERS)
 def test_batches_of_unknown_size(towers: int) -> None:
     """X15: smaller than the number of towers, too."""

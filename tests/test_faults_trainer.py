@@ -341,7 +341,7 @@ class CountsInItsLoss(CountsItself):
         return tf.reduce_mean(tf.square(y - y_pred))
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", [CountsItself, CountsInItsLoss])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])

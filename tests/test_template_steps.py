@@ -216,7 +216,6 @@ def test_evaluate(case: str) -> None:
         np.testing.assert_allclose(actual[key], value, rtol=RTOL, atol=ATOL, err_msg=key)
 
 
-@pytest.mark.sweep(1)
 @pytest.mark.parametrize("how", [{"run_eagerly": True}, {"steps_per_execution": 3}])
 def test_ways_to_run(how: dict[str, Any]) -> None:
     bare, parallel, data = both("distillation", 3)

@@ -151,7 +151,7 @@ def test_crossentropies_do_not_saturate(activation: str, how: str) -> None:
         np.testing.assert_allclose(other, one, rtol=RTOL, atol=ATOL)
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("towers", [1, 3])
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 def test_the_graph_of_a_step_goes_with_its_model(loss_on: str, towers: int) -> None:
