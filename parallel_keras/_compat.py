@@ -520,6 +520,9 @@ class _Inlining:
         code = function.python_function
         if function._jit_compile and not tf.executing_eagerly():
             return _Inlining.traced(function._clone(None), *args, **kwargs)
+        # `tf.vectorized_map` makes a function for each call of it, and cannot do without a graph.
+        if tf.executing_eagerly() and str(code.__module__).startswith("tensorflow."):
+            return _Inlining.traced(function, *args, **kwargs)
         if tf.executing_eagerly() or not function._autograph:
             return code(*args, **kwargs)
         # Keras turns AutoGraph off for its steps, but a function has often been traced before.

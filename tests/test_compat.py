@@ -401,6 +401,11 @@ def test_functions_are_inlined_in_one_thread_only() -> None:
     assert outer.get_concrete_function(tf.constant(-3.0)).graph in calls
 
 
+def test_functions_of_tensorflow_are_traced_also_where_others_are_inlined() -> None:
+    with _compat.inlined_functions():
+        assert tf.vectorized_map(lambda x: 2 * x, tf.ones((3,))).numpy().tolist() == [2, 2, 2]
+
+
 def test_global_seed_without_a_new_start() -> None:
     tf.random.set_seed(5)
     first = [float(tf.random.uniform(())) for _ in range(3)]

@@ -278,6 +278,18 @@ def test_mixing_while_training_beside_layers_that_draw(
     assert sum("there is no graph that tells whether layer" in text for text in texts) == eager
 
 
+def attended(x: Any) -> Any:
+    return tf.matmul(tf.nn.softmax(tf.matmul(x, x, transpose_b=True)), x)
+
+
+def len_of(x: Any) -> Any:
+    return 1 + tf.reduce_sum(tf.abs(x))
+
+
+def sign(x: Any) -> Any:
+    return tf.cast(x[:, :1] > 0, tf.int32)
+
+
 MIXING: dict[str, Callable[[], keras.layers.Layer]] = {
     "reversed": lambda: Over(lambda x: x[::-1]),
     "centred": lambda: Over(lambda x: x - OPS.mean(x, axis=0)),
@@ -287,12 +299,38 @@ MIXING: dict[str, Callable[[], keras.layers.Layer]] = {
         lambda x: OPS.matmul(OPS.softmax(OPS.matmul(x, OPS.transpose(x))), x)
     ),
     "axis": lambda: keras.layers.Softmax(axis=0, name="over"),
+    "lambda": lambda: keras.layers.Lambda(lambda x: x - OPS.mean(x, axis=0), name="over"),
+    "pairs": lambda: Over(lambda x: x + OPS.mean(OPS.abs(x[None] - x[:, None]), axis=1)),
+    "rows attend": lambda: Over(
+        lambda x: OPS.reshape(attended(OPS.reshape(x, (1, -1, 4))), (-1, 4))
+    ),
+    "one softmax": lambda: Over(lambda x: tf.reshape(tf.nn.softmax(tf.reshape(x, [-1])), [-1, 4])),
+    "loop": lambda: Over(
+        lambda x: tf.while_loop(lambda i, _: i < 2, lambda i, y: (i + 1, y + x[i]), (0, x))[1]
+    ),
+    "each with all": lambda: Over(
+        lambda x: tf.vectorized_map(lambda row: row / len_of(x - row), x)
+    ),
+    "number of rows": lambda: Over(lambda x: x / OPS.cast(OPS.shape(x)[0], "float32")),
+    "number of a row": lambda: Over(
+        lambda x: x * OPS.arange(OPS.shape(x)[0], dtype="float32")[:, None]
+    ),
+    "groups": lambda: Over(
+        lambda x: (
+            x + tf.gather(tf.tensor_scatter_nd_add(tf.zeros((2, 4)), sign(x), x), sign(x)[:, 0])
+        )
+    ),
 }
 APART: dict[str, Callable[[], keras.layers.Layer]] = {
     "largest taken off": lambda: Over(lambda x: OPS.softmax(x - OPS.max(x))),
     "mean of a row": lambda: Over(lambda x: x - OPS.mean(x, axis=-1, keepdims=True)),
     "norm": lambda: keras.layers.BatchNormalization(synchronized=True),
     "recurrent": lambda: keras.Sequential([keras.layers.Reshape((2, 2)), keras.layers.GRU(4)]),
+    "heads": lambda: Over(lambda x: OPS.reshape(OPS.relu(OPS.reshape(x, (-1, 2))), (-1, 4))),
+    "each by itself": lambda: Over(lambda x: tf.vectorized_map(lambda row: row / len_of(row), x)),
+    "loop for all": lambda: Over(
+        lambda x: tf.while_loop(lambda i, _: i < 2, lambda i, y: (i + 1, y + x), (0, x))[1]
+    ),
 }
 
 

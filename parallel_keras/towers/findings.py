@@ -35,6 +35,7 @@ from parallel_keras.graphs.graph import depends_on
 from parallel_keras.graphs.mixing import may_mix
 from parallel_keras.towers.naming import Names, Outside, name_of
 from parallel_keras.towers.needs import Needs, TraceAgain
+from parallel_keras.towers.recompute import values_are_known
 from parallel_keras.towers.saying import warn_once
 from parallel_keras.towers.seeds import is_seed
 
@@ -315,15 +316,26 @@ def _mixing(trace: Trace) -> None:
         if any(depends_on(tensor, parts) for tensor in tensors)
     )
     op = next(found, None)
-    if op is None or "mixed" not in trace.tower.joins():
+    if op is None or not values_are_known():
+        return
+    joins = trace.tower.joins()
+    if joins and "mixed" not in joins:
         return
     layer = names.layer(op.name)
-    warn_once(
-        trace.tower.template,
+    sure = (
         "Other numbers than on one device: the outputs of %s for a batch are not those for its "
         "parts, so it looks at several rows at once, likely in layer %r (%s), and each device has "
         "only some of them. Compute it from the merged outputs, in the loss or in a train_step of "
-        "the model's own. parallel_keras.verify(parallel, batch) shows what differs.",
+        "the model's own. parallel_keras.verify(parallel, batch) shows what differs."
+    )
+    unsure = (
+        "Maybe other numbers than on one device: %s may look at several rows at once in layer %r "
+        "(%s), of which each device has only some. It could not be tried on a few random rows. "
+        "parallel_keras.verify(parallel, batch) shows whether something differs."
+    )
+    warn_once(
+        trace.tower.template,
+        sure if joins else unsure,
         trace.tower.template.name,
         layer.name if layer is not None else "",
         op.type,

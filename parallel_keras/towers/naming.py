@@ -194,7 +194,8 @@ class Names:
         layer = self.layer(operation.name)
         if layer is None:
             return False
-        if not type(layer).__module__.startswith("keras.") or isinstance(layer, keras.Model):
+        of_keras = type(layer).__module__.startswith("keras.")
+        if not of_keras or isinstance(layer, (keras.Model, keras.layers.Lambda)):
             return True
         axis: Any = getattr(layer, "axis", -1)
         axes: Sequence[Any] = axis if isinstance(axis, (list, tuple)) else [axis]
