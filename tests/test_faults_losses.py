@@ -114,9 +114,18 @@ def test_sums_and_means_in_one_model(loss_on: str) -> None:
     assert_same_fit(bare, parallel, batches((7, 6, 1, 2, 6), x, y), epochs=2)
 
 
-def test_terms_that_look_at_several_rows_are_named(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "term",
+    [
+        lambda x: OPS.sum(OPS.var(x, axis=0)),
+        lambda x: OPS.maximum(OPS.mean(x**2), 0.25),  # a mean of rows with large numbers
+    ],
+)
+def test_terms_that_look_at_several_rows_are_named(
+    term: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """X9: a scalar that is neither a sum nor a mean."""
-    _, parallel = pair(adds(lambda x: OPS.sum(OPS.var(x, axis=0))), 3, loss="mse", optimizer="sgd")
+    _, parallel = pair(adds(term), 3, loss="mse", optimizer="sgd")
     parallel.fit(rows(6, 6), rows(6, 2), verbose=0)
     assert [r for r in caplog.records if "no mean or sum over rows" in r.message]
 

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import parallel_keras as pk
+from parallel_keras.towers import losses
 from parallel_keras.towers.losses import ACTIVITY_RULE
 from tests.parity import (
     assert_same_fit,
@@ -295,3 +296,19 @@ def test_overridden_call() -> None:
     for model in (bare, parallel):
         model.compile(keras.optimizers.SGD(0.05), "mse")
     assert_same_fit(bare, parallel, x, y, batch_size=7, epochs=2)
+
+
+@pytest.mark.parametrize("name", ["call", "fn", "__call__"])
+def test_losses_of_keras_that_were_changed_are_not_known(name: str) -> None:
+    """X13: code of the user's own may look at all rows."""
+    loss = keras.losses.MeanSquaredError()
+    setattr(loss, name, lambda y_true, y_pred: keras.ops.max(keras.ops.abs(y_true - y_pred)))
+    assert not losses.decide(loss).proven
+
+
+def test_metrics_of_keras_that_were_changed_are_not_known() -> None:
+    """X13: see above."""
+    metric = keras.metrics.MeanSquaredError()
+    assert losses.is_additive(metric)
+    vars(metric)["update_state"] = lambda y_true, y_pred, sample_weight=None: None
+    assert not losses.is_additive(metric)

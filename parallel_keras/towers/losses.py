@@ -200,8 +200,10 @@ def is_additive(metric: keras.metrics.Metric) -> bool:
     Returns:
         `True` only for Keras' own classes of which that is known.
     """
-    return type(metric) in {getattr(keras.metrics, name, None) for name in _ADDITIVE_METRICS} and (
-        getattr(metric, "axis", -1) == -1
+    return (
+        type(metric) in {getattr(keras.metrics, name, None) for name in _ADDITIVE_METRICS}
+        and getattr(metric, "axis", -1) == -1
+        and _is_as_keras_made_it(metric)
     )
 
 
@@ -231,9 +233,18 @@ def _decide_object(loss: keras.losses.Loss) -> Decision:
         if applies:
             return Decision(None, f"{name} {reason}")
     reduction = "sum" if loss.reduction == "sum" else "mean"
-    if type(loss) in _known(_ROW_WISE_LOSSES):
+    known = type(loss) in _known(_ROW_WISE_LOSSES)
+    if known and _is_as_keras_made_it(loss, _ROW_WISE_FUNCTIONS):
         return Decision(reduction)
     return Decision(reduction, f"{name} is not known to look at one row at a time", proven=False)
+
+
+def _is_as_keras_made_it(thing: Any, functions: tuple[str, ...] = ()) -> bool:
+    """Whether nobody has put code of their own into a loss or metric of Keras."""
+    held = vars(thing)
+    function = held.get("fn")
+    own = function is not None and function not in _known(functions)
+    return not own and not {"__call__", "call", "result", "update_state"} & held.keys()
 
 
 def _known(names: tuple[str, ...]) -> list[Any]:

@@ -15,6 +15,8 @@ from parallel_keras.towers.seeds import is_seed
 
 # Rows of the groups that a layer is tried on.
 GROUPS = {"a": 3, "b": 2, "c": 4, "m": 32}
+# How large their numbers are: what is bounded from below or above is so for some of them.
+_SCALES = {"b": 0.1, "c": 3.0}
 # A group that is large enough for chance to even out.
 MANY = "m"
 # Those that something is tried on, alone and together.
@@ -35,7 +37,7 @@ class Trial:
     def __init__(self, layer: keras.layers.Layer, call: tuple[Any, ...]) -> None:
         self.layer, self.random = layer, np.random.default_rng(0)
         self._call = call
-        self._groups = {name: self._leaves(rows) for name, rows in GROUPS.items()}
+        self._groups = {name: self._leaves(name) for name in GROUPS}
 
     def new(self, variable: keras.Variable, groups: str, old: Any, shift: int = 0) -> Any:
         """What a variable is after a call on these groups of rows.
@@ -112,17 +114,18 @@ class Trial:
             self._call,
         )
 
-    def _leaves(self, rows: int) -> list[Any]:
+    def _leaves(self, group: str) -> list[Any]:
         specs = [x for x in keras.tree.flatten(self._call) if isinstance(x, tf.TensorSpec)]
-        return [self._leaf(spec, rows) for spec in specs]
+        return [self._leaf(spec, group) for spec in specs]
 
-    def _leaf(self, spec: tf.TensorSpec, rows: int) -> Any:
+    def _leaf(self, spec: tf.TensorSpec, group: str) -> Any:
         shape = [size or _UNKNOWN_SIZE for size in spec.shape]
-        shape[:1] = [rows] if shape else []
+        shape[:1] = [GROUPS[group]] if shape else []
         if spec.dtype == tf.bool:
             return np.ones(shape, bool)
         if spec.dtype.is_floating:
-            return self.random.normal(size=shape).astype(spec.dtype.as_numpy_dtype)
+            numbers = _SCALES.get(group, 1.0) * self.random.normal(size=shape)
+            return numbers.astype(spec.dtype.as_numpy_dtype)
         return self.random.integers(0, 2, shape).astype(spec.dtype.as_numpy_dtype)
 
 
