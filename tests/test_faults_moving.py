@@ -218,6 +218,11 @@ def test_other_ways_to_move() -> None:
         "variance": lambda n, x: 0.9 * n + 0.1 * OPS.var(x, axis=0),
         "length": lambda n, x: 0.9 * n + 0.1 * OPS.sqrt(OPS.sum(x**2, axis=0)),
         "first row": lambda n, x: x[0],
+        "last row": lambda n, x: x[-1],
+        # What is nearly the old value hides what it moves by.
+        "slow variance": lambda n, x: 0.9999 * n + 0.0001 * OPS.var(x, axis=0),
+        "slow product": lambda n, x: n * OPS.prod(1 + 0.01 * x, axis=0),
+        "bounded": lambda n, x: OPS.clip(OPS.mean(x, axis=0), -0.3, 0.3),
     }
     for name, new in functions.items():
         layer = Moves(new)
@@ -248,6 +253,20 @@ def test_what_is_found_out(name: str) -> None:
     with moving.noting_calls():
         template(np.ones((2, 3), "float32"))
     assert moving.move(layer.moved).kind == KINDS[name][1]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_is_no_reason_to_find_nothing_out(policy: str) -> None:
+    """X10: what is rounded to a few digits looks as if no rule were right."""
+    for name in ("moving sum", "moving mean", "largest ever"):
+        layer = Moves(KINDS[name][0])
+        layer.dtype_policy = policy
+        template = keras.Sequential([keras.Input((WIDTH,)), layer])
+        moving = Moving(template)
+        with moving.noting_calls():
+            template(np.ones((2, WIDTH), "float32"))
+        assert moving.move(layer.moved).kind == KINDS[name][1]
+        assert layer.dtype_policy.name == policy
 
 
 def test_models_that_move_nothing_pay_nothing() -> None:

@@ -19,7 +19,17 @@ from parallel_keras.graphs.graph import calling
 from parallel_keras.towers.reachable import functions_of
 from parallel_keras.towers.recompute import values_are_known
 from parallel_keras.towers.seeds import is_seed
-from parallel_keras.towers.trial import GROUPS, MANY, TRIED, Trial, is_mean, is_random, near
+from parallel_keras.towers.trial import (
+    GROUPS,
+    MANY,
+    TRIED,
+    Trial,
+    close,
+    in_any_order,
+    is_mean,
+    is_random,
+    near,
+)
 
 # Layers whose variables are known not to move by rows, or have rules of their own.
 _KNOWN = (
@@ -171,19 +181,26 @@ def _judge(trial: Trial, variable: keras.Variable) -> Move:
     if not all(np.isfinite(value).all() for values in seen for value in values.values()):
         return Move("unknown")
     first = seen[0]
-    if all(near(v["a"], v["b"]) and near(v["a"], v["c"]) for v in seen):
+    if all(_is_same(v, dtype) for v in seen):
         counts = not dtype.is_floating and not near(first["a"], olds[0])
         return Move("steps" if counts else "unknown")
-    if dtype.is_floating and all(map(is_mean, seen)):
-        return Move("mean")
-    for kind, pick in (("max", np.maximum), ("min", np.minimum)):
-        if all(near(v["a" + g], pick(v["a"], v[g])) for v in seen for g in "bc"):
-            return Move(kind)
-    decay = None if dtype.is_bool else _decay(olds, seen)
-    if decay == 1.0 or (decay is not None and dtype.is_floating):
-        return Move("sum", decay)
+    if all(in_any_order(v, dtype) for v in seen):
+        if dtype.is_floating and all(is_mean(v, dtype) for v in seen):
+            return Move("mean")
+        for kind, pick in (("max", np.maximum), ("min", np.minimum)):
+            if all(close(v["a" + g], pick(v["a"], v[g]), v, dtype) for v in seen for g in "bc"):
+                return Move(kind)
+        decay = None if dtype.is_bool else _decay(olds, seen, dtype)
+        if decay == 1.0 or (decay is not None and dtype.is_floating):
+            return Move("sum", decay)
     other = trial.new(variable, "a", olds[0], shift=1)
     return Move("unknown" if is_random(trial.layer, first["a"], other) else "none")
+
+
+def _is_same(seen: dict[str, Any], dtype: tf.DType) -> bool:
+    """Whether the rows made no difference but for rounding."""
+    none = dict.fromkeys(TRIED, seen["a"])
+    return all(close(value, seen["a"], none, dtype) for value in seen.values())
 
 
 def _olds(trial: Trial, shape: tuple[int, ...], dtype: tf.DType) -> list[Any]:
@@ -241,7 +258,8 @@ def _judge_number(seen: dict[str, Any], other: Any, layer: keras.layers.Layer) -
         return "rows"
     for kind, pick in (("max", np.maximum), ("min", np.minimum)):
         several = seen["a"] != seen["b"] or seen["a"] != seen["c"]
-        if several and all(near(seen["a" + g], pick(seen["a"], seen[g])) for g in "bc"):
+        joined = all(close(seen["a" + g], pick(seen["a"], seen[g]), seen) for g in "bc")
+        if several and joined and in_any_order(seen):
             return kind
     return _judge_term(seen, other, layer)
 
@@ -249,10 +267,11 @@ def _judge_number(seen: dict[str, Any], other: Any, layer: keras.layers.Layer) -
 def _judge_term(seen: dict[str, Any], other: Any, layer: keras.layers.Layer) -> str:
     if any(np.ndim(value) or not np.isfinite(value) for value in seen.values()):
         return "unknown"
-    if is_mean(seen):
-        return "mean"
-    if all(near(seen["a" + group], seen["a"] + seen[group]) for group in "bc"):
-        return "sum"
+    if in_any_order(seen):
+        if is_mean(seen):
+            return "mean"
+        if all(close(seen["a" + group], seen["a"] + seen[group], seen) for group in "bc"):
+            return "sum"
     return "unknown" if is_random(layer, seen["a"], other) else "none"
 
 
@@ -266,7 +285,7 @@ def _judge_random(many: list[Any], more: list[Any]) -> str:
     return "sum" if abs(twice - 2 * once) < _RATIO_OFF * abs(once) > noise else "unknown"
 
 
-def _decay(olds: Sequence[Any], seen: Sequence[dict[str, Any]]) -> float | None:
+def _decay(olds: Sequence[Any], seen: Sequence[dict[str, Any]], dtype: tf.DType) -> float | None:
     """How much of the old value a sum over rows is added to, `None` if it is no such sum."""
     bases = [values["a"] + values["b"] - values["ab"] for values in seen]
     others = [values["a"] + values["c"] - values["ac"] for values in seen]
@@ -275,8 +294,11 @@ def _decay(olds: Sequence[Any], seen: Sequence[dict[str, Any]]) -> float | None:
     # People write 0.99, and what is measured is off in the seventh digit.
     rounded = [round(decay, digits) for digits in range(1, 6)]
     decay = next((number for number in rounded if abs(number - decay) < _ROUNDING), decay)
-    same = [near(base, decay * old) for base, old in zip(bases, olds, strict=True)]
-    return decay if all(same) and all(map(near, bases, others)) else None
+    same = [
+        close(base, decay * old, v, dtype) and close(base, other, v, dtype)
+        for base, other, old, v in zip(bases, others, olds, seen, strict=True)
+    ]
+    return decay if all(same) else None
 
 
 def _adds_loss(layer: keras.layers.Layer) -> bool:

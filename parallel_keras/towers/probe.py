@@ -17,7 +17,7 @@ from parallel_keras.graphs.graph import calling
 from parallel_keras.nests import flatten_with_paths
 from parallel_keras.towers import left_behind
 from parallel_keras.towers.call import takes_training
-from parallel_keras.towers.trial import TRIED, Trial, is_mean, near
+from parallel_keras.towers.trial import TRIED, Trial, close, in_any_order, is_mean, near
 
 # For each output what joins those of parts of the batch: "rows", "same", "mean", "sum", "max",
 # "min"; "mixed" if nothing does, "unknown" if it could not be found out.
@@ -115,10 +115,12 @@ def _rows(seen: dict[str, Any]) -> str:
 
 
 def _scalar(seen: dict[str, Any]) -> str:
+    if not in_any_order(seen):
+        return "mixed"
     if is_mean(seen):
         return "mean"
     rules = {"sum": np.add, "max": np.maximum, "min": np.minimum}
     for rule, join in rules.items():
-        if all(near(seen["a" + group], join(seen["a"], seen[group])) for group in "bc"):
+        if all(close(seen["a" + group], join(seen["a"], seen[group]), seen) for group in "bc"):
             return rule
     return "mixed"

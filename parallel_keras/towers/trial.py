@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -20,9 +22,15 @@ _SCALES = {"b": 0.1, "c": 3.0}
 # A group that is large enough for chance to even out.
 MANY = "m"
 # Those that something is tried on, alone and together.
-TRIED = ("a", "b", "c", "ab", "ac")
+TRIED = ("a", "b", "c", "ab", "ac", "ba")
 _UNKNOWN_SIZE = 3
+# The bytes of a number that does not round away what is to be found out.
+_FULL = 4
 _TOLERANCE = 1e-4
+# The distance from 1 to the next number.
+_LAST_DIGIT = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
+# How many times the last digit sums of a few numbers may be off.
+_DIGITS = 16
 
 
 class Trial:
@@ -90,7 +98,7 @@ class Trial:
         """
         args, kwargs = self._arguments(groups)
         given = {} if training is None else {"training": training}
-        with _OtherSeeds([], shift):
+        with _OtherSeeds([], shift), _in_full_precision(self.layer):
             return self.layer(*args, **{**kwargs, **given})
 
     def _after_call(
@@ -98,7 +106,11 @@ class Trial:
     ) -> tuple[keras.StatelessScope, Left]:
         args, kwargs = self._arguments(groups)
         _compat.forget_loss_owners(self.layer)
-        with _OtherSeeds(values, shift) as scope, noting(_compat.all_layers(self.layer)) as left:
+        with (
+            _OtherSeeds(values, shift) as scope,
+            noting(_compat.all_layers(self.layer)) as left,
+            _in_full_precision(self.layer),
+        ):
             self.layer(*args, **kwargs)
         return scope, left
 
@@ -125,8 +137,25 @@ class Trial:
             return np.ones(shape, bool)
         if spec.dtype.is_floating:
             numbers = _SCALES.get(group, 1.0) * self.random.normal(size=shape)
-            return numbers.astype(spec.dtype.as_numpy_dtype)
+            return numbers.astype("float32" if spec.dtype.size < _FULL else spec.dtype.name)
         return self.random.integers(0, 2, shape).astype(spec.dtype.as_numpy_dtype)
+
+
+@contextlib.contextmanager
+def _in_full_precision(layer: keras.layers.Layer) -> Iterator[None]:
+    """Inside, layers that compute in half precision do not: rounding hides what they compute."""
+    halves = [
+        (one, one.dtype_policy)
+        for one in _compat.all_layers(layer)
+        if one.compute_dtype in ("float16", "bfloat16")
+    ]
+    try:
+        for one, _ in halves:
+            one.dtype_policy = "float32"
+        yield
+    finally:
+        for one, policy in halves:
+            one.dtype_policy = policy
 
 
 class _OtherSeeds(keras.StatelessScope):
@@ -152,14 +181,43 @@ def near(one: Any, other: Any) -> bool:
     return bool(np.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE))
 
 
-def is_mean(seen: dict[str, Any]) -> bool:
+def close(one: Any, other: Any, seen: dict[str, Any], dtype: Any = "float32") -> bool:
+    """Whether two results are the same, measured by how much the rows change anything.
+
+    A moving average is mostly what it was before, which would hide what it is an average of.
+
+    Args:
+        one: A result.
+        other: Another one.
+        seen: What came of the groups in `TRIED`.
+        dtype: The type that they were rounded to.
+    """
+    values = np.stack([seen[groups] for groups in TRIED])
+    spread = np.abs(values - values[0]).max(axis=0)
+    digit = _LAST_DIGIT.get(tf.as_dtype(dtype).name, _LAST_DIGIT["float32"])
+    rounding = _DIGITS * digit * max(1.0, np.abs(values).max(initial=0.0))
+    return bool(np.all(np.abs(one - other) <= _TOLERANCE * spread + rounding))
+
+
+def in_any_order(seen: dict[str, Any], dtype: Any = "float32") -> bool:
+    """Whether it made no difference which of two groups of rows came first."""
+    return close(seen["ab"], seen["ba"], seen, dtype)
+
+
+def is_mean(seen: dict[str, Any], dtype: Any = "float32") -> bool:
     """Whether what came of two groups of rows is the mean of what came of each.
 
     Args:
-        seen: What came of the groups `"a"`, `"b"`, `"c"`, `"ab"` and `"ac"`.
+        seen: What came of the groups in `TRIED`.
+        dtype: The type that it was rounded to.
     """
     return all(
-        near(seen["a" + group], np.average([seen["a"], seen[group]], axis=0, weights=weights))
+        close(
+            seen["a" + group],
+            np.average([seen["a"], seen[group]], axis=0, weights=weights),
+            seen,
+            dtype,
+        )
         for group in "bc"
         for weights in [[GROUPS["a"], GROUPS[group]]]
     )
