@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import keras
@@ -68,49 +69,57 @@ def programs(family: ModuleType) -> list[object]:
     return found
 
 
-def check(make: Make) -> None:
-    assert_same(run(make), run(make, TOWERS))
+@pytest.fixture
+def check(caplog: pytest.LogCaptureFixture) -> Callable[[Make], None]:
+    """The same numbers, and nothing in the log that accuses a layer of others."""
+
+    def check(make: Make) -> None:
+        assert_same(run(make), run(make, TOWERS))
+        said = [record.getMessage() for record in caplog.records]
+        assert not [text for text in said if "several rows at once" in text]
+
+    return check
 
 
 @pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(text))
-def test_text(make: Make) -> None:
+def test_text(make: Make, check: Callable[[Make], None]) -> None:
     check(make)
 
 
 @pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(vision))
-def test_vision(make: Make) -> None:
+def test_vision(make: Make, check: Callable[[Make], None]) -> None:
     check(make)
 
 
 @pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(generative))
-def test_generative(make: Make) -> None:
+def test_generative(make: Make, check: Callable[[Make], None]) -> None:
     check(make)
 
 
 @pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(structured))
-def test_structured(make: Make) -> None:
+def test_structured(make: Make, check: Callable[[Make], None]) -> None:
     check(make)
 
 
 @pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(recommendation))
-def test_recommendation(make: Make) -> None:
+def test_recommendation(make: Make, check: Callable[[Make], None]) -> None:
     check(make)
 
 
 @pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(graph))
-def test_graph(make: Make) -> None:
+def test_graph(make: Make, check: Callable[[Make], None]) -> None:
     check(make)
 
 
 @pytest.mark.sweep(1)
 @pytest.mark.parametrize("make", programs(sound))
-def test_sound(make: Make) -> None:
+def test_sound(make: Make, check: Callable[[Make], None]) -> None:
     check(make)
 
 

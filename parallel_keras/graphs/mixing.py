@@ -166,17 +166,36 @@ def _reshaped(op: tf.Operation) -> list[tf.Tensor]:
     new_size, *new_inner = result.shape
     if size is None and new_size is not None:
         return [tensor]
-    if None in new_inner or None in inner:
-        return [tensor] if None in new_inner and None not in inner else []
-    kept = math.prod(new_inner) and math.prod(inner) % math.prod(new_inner) == 0
+    if None in inner:
+        return []
+    kept = (
+        None not in new_inner
+        and math.prod(new_inner)
+        and not math.prod(inner) % math.prod(new_inner)
+    )
     return [] if kept or _was_reshaped(tensor) else [tensor]
 
 
 def _was_reshaped(tensor: tf.Tensor) -> bool:
-    """Whether a tensor comes of one that was: what took rows apart may be taken back."""
-    while tensor.op.type != "Reshape" and tensor.op.inputs:
-        tensor = tensor.op.inputs[0]
-    return bool(tensor.op.type == "Reshape")
+    """Whether a tensor comes of one whose rows were taken apart: that may be taken back."""
+    waiting, seen = [tensor.op], {tensor.op.name}
+    while waiting:
+        op = waiting.pop()
+        if op.type == "Reshape" and _takes_rows_apart(op):
+            return True
+        for parent in (value.op for value in op.inputs):
+            if parent.name not in seen:
+                seen.add(parent.name)
+                waiting.append(parent)
+    return False
+
+
+def _takes_rows_apart(op: tf.Operation) -> bool:
+    before, after = op.inputs[0].shape, op.outputs[0].shape
+    if not before.rank or not after.rank:
+        return False
+    inner, new_inner = before.as_list()[1:], after.as_list()[1:]
+    return None in inner or (None not in new_inner and math.prod(new_inner) < math.prod(inner))
 
 
 def _as_number(op: tf.Operation) -> list[tf.Tensor]:
