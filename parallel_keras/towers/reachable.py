@@ -165,6 +165,17 @@ def whole_numbers(layer: keras.layers.Layer) -> dict[str, int]:
     return {name: held[name] for name in sorted(names) if type(held.get(name)) is int}
 
 
+def reads_sizes(layer: keras.layers.Layer) -> bool:
+    """Whether code of the user's in a layer asks how large something is."""
+    functions = [
+        function
+        for name, function in functions_of(type(layer)).items()
+        if name == "call" or not hasattr(keras.Model, name)
+    ]
+    functions += [value for value in vars(layer).values() if isinstance(value, types.FunctionType)]
+    return any({"len", "shape", "size"} & set(_names(one.__code__)) for one in functions)
+
+
 def _of_library(module: Any) -> bool:
     return str(module).partition(".")[0] in _LIBRARIES
 
