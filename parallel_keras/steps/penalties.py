@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -150,6 +149,24 @@ def at_home(variables: Sequence[keras.Variable], homes: Homes) -> Iterator[None]
         yield
 
 
+class _Instead(keras.regularizers.Regularizer):
+    """Stands in for a weight's regulariser; Keras 3.8 takes nothing but a `Regularizer`."""
+
+    def __init__(
+        self,
+        variable: keras.Variable,
+        regularizer: Callable[[Any], Any],
+        penalty: Callable[[keras.Variable, Callable[[Any], Any]], tf.Tensor],
+    ) -> None:
+        self._variable, self._regularizer, self._penalty = variable, regularizer, penalty
+
+    def __call__(self, x: Any) -> Any:
+        """The penalty, where it is asked of the weight itself."""
+        if x is self._variable:
+            return self._penalty(self._variable, self._regularizer)
+        return self._regularizer(x)
+
+
 @contextlib.contextmanager
 def regularized(
     variables: Sequence[keras.Variable],
@@ -161,15 +178,11 @@ def regularized(
         variables: Weights.
         penalty: Function from a weight and its regulariser to a scalar.
     """
-
-    def instead(variable: keras.Variable, regularizer: Any, value: Any) -> Any:
-        return penalty(variable, regularizer) if value is variable else regularizer(value)
-
     given = {id(variable): (variable, variable.regularizer) for variable in variables}
     held = [(v, regularizer) for v, regularizer in given.values() if regularizer is not None]
     try:
         for variable, regularizer in held:
-            variable.regularizer = functools.partial(instead, variable, regularizer)
+            variable.regularizer = _Instead(variable, regularizer, penalty)
         yield
     finally:
         for variable, regularizer in held:
