@@ -15,6 +15,7 @@ import tensorflow as tf
 import parallel_keras as pk
 from parallel_keras import _compat
 from tests.parity import mlp, rows
+from tests.versions import needs
 
 PACKAGE = Path(pk.__file__).parent
 
@@ -232,7 +233,13 @@ def test_moved_variables_stay_what_they_were(dtype: str, trainable: bool) -> Non
     np.testing.assert_array_equal(variable.numpy(), [4, 5, 6])
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "Adafactor", "RMSprop", "Ftrl", "Muon", "Nadam"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("SGD", "Adam", "Adafactor", "RMSprop", "Ftrl", "Nadam"),
+        pytest.param("Muon", marks=needs("optimizers.Muon")),
+    ],
+)
 def test_slots_are_beside_their_weights(name: str) -> None:
     """As many weights as an optimizer has numbers of its own, which are no slots."""
     weights = [keras.Variable(np.zeros(shape, "float32")) for shape in ((2, 3), (3,))]

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 import parallel_keras as pk
 from tests.parity import ATOL, RTOL, assert_same_fit, assert_same_variables, batches, pair, rows
+from tests.versions import needs, since
 
 SIZES = [7, 2, 3]  # uneven, and fewer rows than towers
 
@@ -136,11 +137,11 @@ def with_loop() -> keras.Model:
 
 
 LOOKING = [
-    (with_remat_scope, "merged"),
-    (with_remat_scope, "towers"),
-    (with_remat_of_some, "towers"),
+    pytest.param(with_remat_scope, "merged", marks=needs("RematScope")),
+    pytest.param(with_remat_scope, "towers", marks=needs("RematScope")),
+    pytest.param(with_remat_of_some, "towers", marks=needs("RematScope")),
     (with_recompute, "merged"),
-    (with_keras_remat, "towers"),
+    pytest.param(with_keras_remat, "towers", marks=needs("remat")),
     (with_custom_gradient, "merged"),
     (with_loop, "towers"),
 ]
@@ -163,7 +164,10 @@ def test_custom_gradients_find_weights(build: Callable[[], keras.Model], loss_on
 
 @pytest.mark.parametrize(
     ("build", "arguments"),
-    [(with_remat_scope, {"run_eagerly": True}), (with_custom_gradient, {"jit_compile": True})],
+    [
+        pytest.param(with_remat_scope, {"run_eagerly": True}, marks=needs("RematScope")),
+        (with_custom_gradient, {"jit_compile": True}),
+    ],
 )
 def test_custom_gradients_find_weights_also_so(
     build: Callable[[], keras.Model], arguments: dict[str, bool]
@@ -174,6 +178,7 @@ def test_custom_gradients_find_weights_also_so(
     assert_same_fit(bare, parallel, data())
 
 
+@needs("RematScope")
 def test_custom_gradients_find_weights_on_one_tower() -> None:
     """X5: one device is no exception."""
     bare, parallel = pair(with_remat_scope, 1, optimizer="adam", loss="mse")
@@ -199,6 +204,7 @@ class Steps(keras.Model):
         return {"loss": loss}
 
 
+@needs("RematScope")
 def test_custom_gradients_find_weights_in_steps_of_the_template() -> None:
     """X5: each call of a step is a custom gradient itself."""
     bare, parallel = pair(lambda: Steps(with_remat_scope()), 3, optimizer="sgd")
@@ -345,6 +351,7 @@ def test_traces_of_the_user_are_trained(loss_on: str) -> None:
     assert_same_fit(bare, parallel, data(), epochs=2)
 
 
+@since("3.9", "a TFSMLayer that is trained fails, on one device too")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 def test_saved_models_are_trained(loss_on: str, tmp_path: Path) -> None:
     """X5: `TFSMLayer` holds functions that read its weights as variables."""
@@ -389,6 +396,7 @@ def with_dropout() -> keras.Model:
     return sequential(Mapped(5), Again(keras.layers.Dropout(0.5, seed=1)))
 
 
+@needs("remat")
 def test_state_of_layers_that_are_computed_again() -> None:
     """X5: one device updates moving statistics twice, and so do towers."""
     bare, parallel = pair(with_state, 3, loss_on="towers", optimizer="sgd", loss="mse")
@@ -396,6 +404,7 @@ def test_state_of_layers_that_are_computed_again() -> None:
     assert_same_fit(bare, parallel, batches([7, 7], x, y), rtol=1e-4)
 
 
+@needs("remat")
 def test_state_of_layers_that_are_computed_again_after_the_merge() -> None:
     """X5: refused in words."""
     _, parallel = pair(with_state, 3, loss_on="merged", optimizer="sgd", loss="mse")
@@ -403,6 +412,7 @@ def test_state_of_layers_that_are_computed_again_after_the_merge() -> None:
         parallel.fit(data(), verbose=0, shuffle=False)
 
 
+@needs("remat")
 def test_random_layers_that_are_computed_again() -> None:
     """X5: they train; what they draw is their own."""
     _, parallel = pair(with_dropout, 3, loss_on="merged", optimizer="sgd", loss="mse")

@@ -24,6 +24,7 @@ from tests.parity import (
     pair,
     rows,
 )
+from tests.versions import has
 
 L = keras.layers
 TOWERS = 3
@@ -147,6 +148,16 @@ OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
     "static scale": lambda: O.Adam(0.01, loss_scale_factor=64.0),
     # Overflows at first, so that steps are skipped.
     "scaled too much": lambda: scaled(2.0**127),
+}
+# Those that this Keras has.
+OPTIMIZERS = {
+    name: make
+    for name, make in OPTIMIZERS.items()
+    if has(
+        {"muon": "optimizers.Muon", "schedule-free": "optimizers.ScheduleFreeAdamW"}.get(
+            name, "ops"
+        )
+    )
 }
 MODELS: dict[str, Callable[[], keras.Model]] = {
     "normalised": normalised,
