@@ -93,8 +93,6 @@ def test_composition() -> None:
     assert models[1].output_shape == models[0].output_shape == (None, 2)
 
 
-# Keras 3.10 gives a restored model a list of one input, and warns when it is called with one.
-@pytest.mark.filterwarnings("ignore:(?s).*structure of `inputs` doesn't match")
 @pytest.mark.parametrize("how", ["save", "config", "clone", "copy", "pickle"])
 def test_round_trips(how: str, tmp_path: Path) -> None:
     parallel = pk.DataParallelModel(
