@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import keras
 import tensorflow as tf
 from keras.src import backend as _backend
+from keras.src.backend.tensorflow import trainer as _trainer
 from keras.src.utils import io_utils as _io_utils
 from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
 from tensorflow.python.eager import context as _context
@@ -442,6 +443,15 @@ def strategy_timeout(strategy: Any) -> float | None:
     A strategy takes them and has no public way to read them. Goes when it gets one.
     """
     return getattr(strategy.extended._communication_options, "timeout_seconds", None)
+
+
+def ragged_concat(batches: Sequence[tf.Tensor]) -> Any:
+    """The outputs of batches that may differ in more than their rows, as `predict` joins them.
+
+    They become a ragged tensor, whose kind is Keras' own choice. Goes when Keras says publicly
+    which, or joins what is not a tensor.
+    """
+    return _trainer.potentially_ragged_concat(batches)
 
 
 # --- Graphs and the functions in them ---

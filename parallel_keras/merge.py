@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 
 from parallel_keras import nests, slices
+from parallel_keras.parts import Parts, has_large_rows
 
 if TYPE_CHECKING:
     from parallel_keras.shard import Rows, Shards
@@ -18,6 +19,8 @@ def outputs(
     shards: Shards,
     rules: Mapping[str, str] | None = None,
     found: Mapping[int, str] | None = None,
+    *,
+    in_parts: bool = False,
 ) -> Any:
     """Joins the outputs of the towers, rows in order: the inverse of `shard`.
 
@@ -36,6 +39,8 @@ def outputs(
             `"sum"` (rank 0 only). Defaults to none.
         found: Mapping from the number of a leaf to the rule that was found for it: one of
             those, `"max"` or `"min"` (rank 0 only). Defaults to none.
+        in_parts: Whether dense leaves with large rows are not concatenated, but become `Parts`;
+            none does where Keras does not see all of the nest. Defaults to `False`.
 
     Returns:
         A nest of the structure of one part.
@@ -56,12 +61,14 @@ def outputs(
     flat = [nests.flatten_with_paths(part) for part in parts]
     paths = [path for path, _ in flat[0]]
     columns = zip(*[[leaf for _, leaf in leaves] for leaves in flat], strict=True)
+    in_parts = in_parts and not nests.knows_more(parts[0])
     merged = [
         _join(
             list(column),
             shards,
             _name(path),
             (rules or {}).get(_last(path), (found or {}).get(index)),
+            in_parts=in_parts,
         )
         for index, (path, column) in enumerate(zip(paths, columns, strict=True))
     ]
@@ -233,7 +240,7 @@ def moving_moments(
     return history[-1], variance
 
 
-def _join(column: list[Any], shards: Shards, name: str, rule: str | None) -> Any:
+def _join(column: list[Any], shards: Shards, name: str, rule: str | None, *, in_parts: bool) -> Any:
     first = column[0]
     if isinstance(first, (int, float)) and rule in ("sum", "max", "min"):
         return sum(column) if rule == "sum" else max(column) if rule == "max" else min(column)
@@ -250,6 +257,8 @@ def _join(column: list[Any], shards: Shards, name: str, rule: str | None) -> Any
             kept = [tf.nest.map_structure(tf.identity, v, expand_composites=True) for v in kept]
         if isinstance(first, tf.SparseTensor):
             return tf.sparse.concat(0, kept, expand_nonconcat_dims=rule == "pad")
+        if in_parts and isinstance(first, tf.Tensor) and has_large_rows(first):
+            return Parts(tuple(map(tf.identity, kept)))
         return tf.concat(kept, axis=0)
 
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("homes",),
     ("graphs",),
     ("workers",),
-    ("shard", "merge", "slices", "nests", "devices", "hardware", "_compat", "_version"),
+    ("shard", "merge", "parts", "slices", "nests", "devices", "hardware", "_compat", "_version"),
 )
 LONGEST_CHAIN = 9
 

@@ -61,7 +61,9 @@ class Loops(Wrapper):
         Raises:
             ConnectionError: If another worker, or a server, is gone or does not answer in time.
         """
-        return self._loop("predict", super().predict).forward(args, kwargs)
+        with self._steps.predicting.running(kwargs.get("callbacks", args[4:])) as run:
+            outputs = self._loop("predict", super().predict).forward(args, kwargs)
+        return run.joined(outputs)
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """One step as `keras.Model.train_on_batch` does, on all workers.
@@ -97,7 +99,11 @@ class Loops(Wrapper):
         Returns:
             The outputs.
         """
-        return self._loop("predict_on_batch", super().predict_on_batch).on_batch(args, kwargs)
+        with self._steps.predicting.running() as run:
+            outputs = self._loop("predict_on_batch", super().predict_on_batch).on_batch(
+                args, kwargs
+            )
+        return run.joined(outputs)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Makes the function that `fit` calls for each step, as Keras does.
@@ -145,7 +151,10 @@ class Loops(Wrapper):
         if self._template_loops:
             return self._on_template("make_predict_function")(force=force)
         self._runtime.settle()
-        return super().make_predict_function(force=force)
+        if force or self.predict_function is None:
+            super().make_predict_function(force=True)
+            self.predict_function = self._steps.predict_function(self.predict_function)
+        return self.predict_function
 
     def reset_metrics(self) -> None:
         """Starts the metrics anew, as Keras does at the beginning of an epoch."""

@@ -66,11 +66,13 @@ class Calls:
         return self._direct(flow, call, training, order)
 
     @contextlib.contextmanager
-    def record(self, tape: tf.GradientTape | None) -> Iterator[Recording]:
+    def record(
+        self, tape: tf.GradientTape | None, *, in_parts: bool = False
+    ) -> Iterator[Recording]:
         """The first call inside is the step's forward pass, see `Recording`."""
         thread = threading.get_ident()
         outer = self._recordings.get(thread)
-        recording = self._recordings[thread] = Recording(self.towers(), tape)
+        recording = self._recordings[thread] = Recording(self.towers(), tape, in_parts=in_parts)
         try:
             yield recording
         finally:

@@ -22,6 +22,7 @@ from parallel_keras.steps.building import (
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch, StepResult
 from parallel_keras.steps.overriding import LEARNING, overridden_steps, overrides
 from parallel_keras.steps.penalties import Penalty, penalties, total
+from parallel_keras.steps.predicting import Predicting
 from parallel_keras.towers import losses
 from parallel_keras.towers.call import takes_training
 from parallel_keras.towers.collectives import one_replica
@@ -47,6 +48,7 @@ class Steps:
 
     def __init__(self, model: keras.Model, runtime: Runtime, base: type[keras.Model]) -> None:
         self._model, self._runtime, self._base = model, runtime, base
+        self.predicting = Predicting()
 
     def run(self, flow: Callable[[LossStep, Data], Logs], data: Any, *, training: bool) -> Logs:
         """Runs a step: the template's own, with the loss on the towers, or over the merged batch.
@@ -86,9 +88,26 @@ class Steps:
             outputs = runtime.template_steps.run("predict_step", self._whole_batch(data))
             return runtime.workers.own_rows(outputs, data)
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        with self._recorded(None, x):
+        with self._recorded(None, x, in_parts=self.predicting.in_parts):
             outputs = model(self._whole_batch(x), **self._phase(training=False))
             return runtime.workers.own_rows(outputs, x)
+
+    def predict_function(self, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """What Keras made to predict a batch, whose outputs then stay in parts where they can.
+
+        Args:
+            step: Takes batches and returns their outputs.
+
+        Returns:
+            A function like the one given.
+        """
+        model = self._model
+        methods = ("predict_step", "call", "__call__")  # Those that see outputs.
+        seen = overrides(model, methods, self._base) or overrides(model.template, methods[:1])
+        # Keras joins the batches of one execution by itself.
+        if seen or model.steps_per_execution > 1 or self._runtime.workers.size > 1:
+            return step
+        return step if self._runtime.workers.towers == 1 else self.predicting.function(step)
 
     def update_weights(self, merged: StepResult) -> tf.Tensor:
         """Assigns what layers assigned, updates the weights once, and gives the loss.
@@ -235,12 +254,12 @@ class Steps:
             return self._model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _recorded(
-        self, tape: tf.GradientTape | None, x: Any
+        self, tape: tf.GradientTape | None, x: Any, *, in_parts: bool = False
     ) -> contextlib.AbstractContextManager[Recording]:
         """The first call inside is the step's forward pass; the template has its weights then."""
         if not self._model.template.built:
             self._runtime.build((x,), {})
-        return self._runtime.calls.record(tape)
+        return self._runtime.calls.record(tape, in_parts=in_parts)
 
     def _once_there(self, data: Any) -> contextlib.AbstractContextManager[Any]:
         """Inside, nothing is done before the data is there; it matters where XLA is asked for.

@@ -30,10 +30,13 @@ class Recording:
     Args:
         towers: The `Towers`.
         tape: The tape of the merged half, `None` if no gradient will be taken.
+        in_parts: Whether outputs may stay in `Parts`. Defaults to `False`.
     """
 
-    def __init__(self, towers: Towers, tape: tf.GradientTape | None) -> None:
-        self._towers = towers
+    def __init__(
+        self, towers: Towers, tape: tf.GradientTape | None, *, in_parts: bool = False
+    ) -> None:
+        self._towers, self._in_parts = towers, in_parts
         self._tape = tape
         self._pass: Pass | None = None
         # One tower goes all the way under the tape of the step, as without this library.
@@ -69,7 +72,7 @@ class Recording:
 
     def merge(self, results: Pass) -> Merged:
         """Joins what the towers returned, under the tape."""
-        return results.merged()
+        return results.merged(in_parts=self._in_parts)
 
     def gradients(self, loss: tf.Tensor, variables: Sequence[keras.Variable]) -> list[Any]:
         """Gradients of the loss, each added up where its weight lives.

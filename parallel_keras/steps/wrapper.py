@@ -34,6 +34,7 @@ class Wrapper(keras.Model):
     homes: Homes
     train_function: Any
     test_function: Any
+    predict_function: Any
     _runtime: Runtime
     _steps: Steps
 

@@ -200,15 +200,19 @@ class Pass:
     given: Given
     tapes: list[Taped] = dataclasses.field(default_factory=list)
 
-    def merged(self) -> Merged:
-        """What the towers returned as one, on the merge device."""
+    def merged(self, *, in_parts: bool = False) -> Merged:
+        """What the towers returned as one, on the merge device.
+
+        Args:
+            in_parts: Whether what would be concatenated may stay in `Parts`.
+        """
         with tf.device(self.merge_device):
             found: Mapping[int, str] = {}
             if len(self.results) > 1:
                 parts = [result.outputs for result in self.here]
                 found = found_rules(parts, self.rules, self.given)
             outputs, masks, logits = (
-                merge.outputs(list(column), self.shards, self.rules, found)
+                merge.outputs(list(column), self.shards, self.rules, found, in_parts=in_parts)
                 for column in zip(
                     *[(r.outputs, r.masks, r.logits) for r in self.results], strict=True
                 )
