@@ -576,3 +576,18 @@ def test_compiled_losses_and_metrics_say_whether_they_are_built() -> None:
     assert not _compat.losses_and_metrics_are_built(model)
     model.fit(rows(4, 6), rows(4, 3), verbose=0)
     assert _compat.losses_and_metrics_are_built(model)
+
+
+def test_batches_of_other_sizes_are_joined_as_keras_does() -> None:
+    """Goes when Keras says publicly what they become."""
+    batches = [tf.zeros((2, 3, 1)), tf.zeros((1, 4, 1))]
+    joined = _compat.ragged_concat(batches)
+    model = keras.Sequential([keras.Input((None, 1)), keras.layers.Identity()])
+    data = (batch for batch in batches)
+    dataset = tf.data.Dataset.from_generator(
+        lambda: data, output_signature=tf.TensorSpec((None, None, 1))
+    )
+    expected = model.predict(dataset, steps=2, verbose=0)
+    assert type(joined) is type(expected)
+    assert joined.shape.as_list() == expected.shape.as_list() == [3, None, 1]
+    assert joined.dtype == expected.dtype
