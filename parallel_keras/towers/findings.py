@@ -36,10 +36,11 @@ from parallel_keras.graphs.graph import depends_on
 from parallel_keras.graphs.mixing import may_mix
 from parallel_keras.towers.naming import Names, Outside, name_of
 from parallel_keras.towers.needs import Needs, TraceAgain
-from parallel_keras.towers.reachable import reads_sizes
+from parallel_keras.towers.reachable import called_by, names_in
 from parallel_keras.towers.recompute import values_are_known
 from parallel_keras.towers.saying import warn_once
 from parallel_keras.towers.seeds import is_seed
+from parallel_keras.towers.user_code import only_computes
 
 if TYPE_CHECKING:
     from parallel_keras.towers.tower import Tower
@@ -65,6 +66,7 @@ _READS = frozenset(
         "VariableShape",
     }
 )  # fmt: skip
+_SIZES = frozenset({"len", "shape", "size"})
 _CHANGES_TABLE = ("LookupTableImportV2", "LookupTableInsertV2", "LookupTableRemoveV2")
 _ASSIGNS = ("Assign", "Resource", "Rng", "Stateful")
 
@@ -345,10 +347,16 @@ def _mixing(trace: Trace) -> None:
 
 
 def _counting(template: keras.Model, parts: Sequence[tf.Tensor]) -> keras.layers.Layer | None:
-    """A layer that may compute with the number of rows, where that is a constant of the graph."""
+    """A layer that may compute with the number of rows, where that is a constant of the graph.
+
+    No operation gives a reason to ask then, so nobody whose code could tell is asked.
+    """
     if all(part.shape.rank in (0, None) or part.shape[0] is None for part in parts):
         return None
-    return next(filter(reads_sizes, _compat.all_layers(template)), None)
+    code = {layer: called_by(layer) for layer in _compat.all_layers(template)}
+    found = [layer for layer, functions in code.items() if _SIZES & names_in(functions)]
+    known = found and all(map(only_computes, code.values()))
+    return found[0] if known else None
 
 
 def _constant_seeds(trace: Trace) -> None:
