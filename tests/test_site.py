@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+# What pip finds for 3.10 does not fit together: newer releases of some parts have left it behind.
+pytestmark = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="the documentation is built with Python 3.11 or newer"
+)
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md"))
