@@ -350,25 +350,3 @@ def test_layers_that_look_at_several_rows_are_named(
     said = [r.getMessage() for r in caplog.records if "several rows at once" in r.getMessage()]
     assert len(said) == (name in MIXING)
     assert all("in layer 'over'" in message for message in said)
-
-
-@pytest.mark.parametrize(
-    ("function", "mixes"),
-    [
-        (MIXING["number of rows"]().function, True),
-        (MIXING["number of a row"]().function, True),
-        (lambda x: OPS.reshape(x, OPS.shape(x)) * OPS.cast(OPS.shape(x)[1], "float32"), False),
-    ],
-)
-@pytest.mark.parametrize("make", [Over, lambda f: keras.layers.Lambda(f, name="over")])
-def test_a_number_of_rows_that_the_graph_knows_is_named(
-    function: Any, mixes: bool, make: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """X13: of a batch of one size only, it is a constant in the graph."""
-    template = keras.Sequential([make(function), keras.layers.Dense(2)])
-    parallel = pk.DataParallelModel(template, TOWERS)
-    parallel.compile("sgd", "mse")
-    parallel.train_on_batch(rows(6, 4), rows(6, 2))
-    said = [r.getMessage() for r in caplog.records if "several rows at once" in r.getMessage()]
-    assert len(said) == mixes
-    assert all("in layer 'over'" in message for message in said)

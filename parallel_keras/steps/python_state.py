@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from parallel_keras import _compat
 from parallel_keras.nests import of_any_rows
-from parallel_keras.towers.user_code import (
+from parallel_keras.steps.user_code import (
     PASSED_OVER,
     held_by_class,
     is_of_packages,

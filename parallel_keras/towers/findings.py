@@ -23,24 +23,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from parallel_keras import _compat
 from parallel_keras.graphs.function_bodies import Bodies
 from parallel_keras.graphs.graph import depends_on
 from parallel_keras.graphs.mixing import may_mix
 from parallel_keras.towers.naming import Names, Outside, name_of
 from parallel_keras.towers.needs import Needs, TraceAgain
-from parallel_keras.towers.reachable import called_by, names_in
 from parallel_keras.towers.recompute import values_are_known
 from parallel_keras.towers.saying import warn_once
 from parallel_keras.towers.seeds import is_seed
-from parallel_keras.towers.user_code import only_computes
 
 if TYPE_CHECKING:
     from parallel_keras.towers.tower import Tower
@@ -66,7 +63,6 @@ _READS = frozenset(
         "VariableShape",
     }
 )  # fmt: skip
-_SIZES = frozenset({"len", "shape", "size"})
 _CHANGES_TABLE = ("LookupTableImportV2", "LookupTableInsertV2", "LookupTableRemoveV2")
 _ASSIGNS = ("Assign", "Resource", "Rng", "Stateful")
 
@@ -320,12 +316,12 @@ def _mixing(trace: Trace) -> None:
         if any(depends_on(tensor, parts) for tensor in tensors)
     )
     op = next(found, None)
-    layer = _counting(trace.tower.template, parts) if op is None else names.layer(op.name)
-    if (op is None and layer is None) or not values_are_known():
+    if op is None or not values_are_known():
         return
     joins = trace.tower.joins()
-    if "mixed" not in joins and (joins or op is None):
+    if joins and "mixed" not in joins:
         return
+    layer = names.layer(op.name)
     sure = (
         "Other numbers than on one device: the outputs of %s for a batch are not those for its "
         "parts, so it looks at several rows at once, likely in layer %r (%s), and each device has "
@@ -342,21 +338,8 @@ def _mixing(trace: Trace) -> None:
         sure if joins else unsure,
         trace.tower.template.name,
         layer.name if layer is not None else "",
-        "its number of rows" if op is None else op.type,
+        op.type,
     )
-
-
-def _counting(template: keras.Model, parts: Sequence[tf.Tensor]) -> keras.layers.Layer | None:
-    """A layer that may compute with the number of rows, where that is a constant of the graph.
-
-    No operation gives a reason to ask then, so nobody whose code could tell is asked.
-    """
-    if all(part.shape.rank in (0, None) or part.shape[0] is None for part in parts):
-        return None
-    code = {layer: called_by(layer) for layer in _compat.all_layers(template)}
-    found = [layer for layer, functions in code.items() if _SIZES & names_in(functions)]
-    known = found and all(map(only_computes, code.values()))
-    return found[0] if known else None
 
 
 def _constant_seeds(trace: Trace) -> None:

@@ -10,7 +10,7 @@ import functools
 import sys
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import keras
@@ -163,21 +163,6 @@ def whole_numbers(layer: keras.layers.Layer) -> dict[str, int]:
     }
     held = vars(layer)
     return {name: held[name] for name in sorted(names) if type(held.get(name)) is int}
-
-
-def called_by(layer: keras.layers.Layer) -> list[types.FunctionType]:
-    """The functions of the user's that a call of a layer may run: methods, and what it holds."""
-    methods = [
-        function
-        for name, function in functions_of(type(layer)).items()
-        if name == "call" or not hasattr(keras.Model, name)
-    ]
-    return methods + [held for held in vars(layer).values() if isinstance(held, types.FunctionType)]
-
-
-def names_in(functions: Iterable[types.FunctionType]) -> set[str]:
-    """The names in the code of functions, of attributes and globals, that inside included."""
-    return {name for function in functions for name in _names(function.__code__)}
 
 
 def _of_library(module: Any) -> bool:

@@ -6,7 +6,6 @@ import builtins
 import dis
 import functools
 import types
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -83,29 +82,6 @@ def read_by_function(function: types.FunctionType) -> list[Any] | None:
         return [*found, *(cell.cell_contents for name, cell in cells if name != "__class__")]
     except ValueError:  # One is not filled yet.
         return None
-
-
-def only_computes(functions: Sequence[types.FunctionType]) -> bool:
-    """Whether nobody can tell how often functions were called, but for the time that it takes.
-
-    Args:
-        functions: Functions of the user's.
-
-    Returns:
-        `False` also where that is not known.
-    """
-    waiting, seen = [*functions], set(functions)
-    while waiting:
-        function = waiting.pop()
-        if is_of_packages(function):
-            continue
-        read = read_by_function(function)
-        if read is None:
-            return False
-        further = {value for value in read if isinstance(value, types.FunctionType)}
-        waiting += further - seen
-        seen |= further
-    return True
 
 
 def held_by_class(of: type) -> list[Any]:
