@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from parallel_keras import nests
+from parallel_keras.graphs.origin import ancestors
 
 
 def is_handle(source: tf.Tensor) -> bool:
@@ -51,16 +52,10 @@ def depends_on(tensor: tf.Tensor, sources: Sequence[tf.Tensor]) -> bool:
         `False` only if it is certainly the same whatever the sources are.
     """
     ends = {source.op.name for source in sources}
-    waiting, seen = [tensor.op], {tensor.op.name}
-    while waiting:
-        op = waiting.pop()
-        if op.name in ends or (op.op_def.is_stateful and op.type not in _READS):
-            return True
-        for parent in (value.op for value in op.inputs):
-            if parent.name not in seen:
-                seen.add(parent.name)
-                waiting.append(parent)
-    return False
+    return any(
+        op.name in ends or (op.op_def.is_stateful and op.type not in _READS)
+        for op in ancestors(tensor)
+    )
 
 
 def varies(tensor: tf.Tensor, fixed: Sequence[tf.Tensor]) -> bool:

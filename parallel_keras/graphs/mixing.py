@@ -12,6 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from parallel_keras.graphs.origin import ancestors
+
 # Operations with an argument that says over which axes they go, and where that is.
 _OVER_AXES = {
     **dict.fromkeys(("All", "Any", "EuclideanNorm", "Max", "Mean", "Min", "Prod", "Sum"), 1),
@@ -178,16 +180,7 @@ def _reshaped(op: tf.Operation) -> list[tf.Tensor]:
 
 def _was_reshaped(tensor: tf.Tensor) -> bool:
     """Whether a tensor comes of one whose rows were taken apart: that may be taken back."""
-    waiting, seen = [tensor.op], {tensor.op.name}
-    while waiting:
-        op = waiting.pop()
-        if op.type == "Reshape" and _takes_rows_apart(op):
-            return True
-        for parent in (value.op for value in op.inputs):
-            if parent.name not in seen:
-                seen.add(parent.name)
-                waiting.append(parent)
-    return False
+    return any(op.type == "Reshape" and _takes_rows_apart(op) for op in ancestors(tensor))
 
 
 def _takes_rows_apart(op: tf.Operation) -> bool:

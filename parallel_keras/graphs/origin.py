@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -185,3 +185,22 @@ def _not_hidden(tensor: tf.Tensor) -> tf.Tensor:
     """The tensor of which a tower was not told the size, see `graph.hide_sizes`."""
     hidden = tensor.op.type in ("PlaceholderWithDefault", "Identity")
     return _not_hidden(tensor.op.inputs[0]) if hidden else tensor
+
+
+def ancestors(tensor: tf.Tensor) -> Iterator[tf.Operation]:
+    """The operations that a tensor is computed by, from its own one backwards.
+
+    Args:
+        tensor: Tensor of a graph.
+
+    Yields:
+        Each operation once.
+    """
+    waiting, seen = [tensor.op], {tensor.op.name}
+    while waiting:
+        op = waiting.pop()
+        yield op
+        for parent in (value.op for value in op.inputs):
+            if parent.name not in seen:
+                seen.add(parent.name)
+                waiting.append(parent)

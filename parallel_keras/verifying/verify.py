@@ -95,10 +95,8 @@ def verify(parallel: DataParallelModel, batch: Any) -> Verification:
             else:
                 found = _compared(bare, ours, noise, _floor(template))
                 where = _where(parallel, data[0], found, noise)
-                kinds = {name: _kind(name, found, state) for name in found}
-                differences = tuple(
-                    _explained(name, sizes, where, kinds[name]) for name, sizes in found.items()
-                )
+                kept = state.kept()
+                differences = tuple(_explained(name, found, where, kept) for name in found)
                 chance = [name for name, size in noise.items() if size == float("inf")]
                 compared = len(bare.keys() | ours.keys()) - len(chance)
                 if chance:
@@ -229,18 +227,22 @@ def _where(
 
 
 def _explained(
-    name: str, sizes: tuple[float, float], where: dict[bool, tuple[str, str]], otherwise: str
+    name: str,
+    found: dict[str, tuple[float, float]],
+    where: dict[bool, tuple[str, str]],
+    kept: set[str],
 ) -> Difference:
-    layer, kind = where.get(name.startswith("train"), ("", otherwise))
-    return Difference(name, layer, *sizes, kind, REMEDIES[kind])
+    layer, kind = where.get(name.startswith("train"), ("", ""))
+    kind = kind or _kind(name, found, kept)
+    return Difference(name, layer, *found[name], kind, REMEDIES[kind])
 
 
-def _kind(name: str, found: dict[str, Any], state: ModelState) -> str:
+def _kind(name: str, found: dict[str, Any], kept: set[str]) -> str:
     """The likely kind of a difference where the output of no layer differs."""
     step, _, variable = name.partition(": ")
     if "(tf.Variable)" in variable:
         return findings.OUTSIDE
-    if variable in state.kept():
+    if variable in kept:
         return findings.STATE
     # A loss that differs has other gradients, and those other weights.
     return findings.LOSS if f"{step}: loss" in found else findings.UNKNOWN
