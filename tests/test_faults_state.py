@@ -251,6 +251,14 @@ def test_state_outside_of_keras_is_refused(make: Any, change: Any, name: str) ->
             call()
 
 
+def test_the_generator_of_everybody_is_refused_by_name() -> None:
+    """X6: no layer has it."""
+    layer = Keeps(None, lambda n, x: tf.random.get_global_generator().normal([2]))
+    parallel = pk.DataParallelModel(keras.Sequential([keras.Input((4,)), layer]), 3)
+    with pytest.raises(ValueError, match=r"assigns to the generator of tf\.random\.get_global_gen"):
+        parallel.predict(rows(7, 4), verbose=0)
+
+
 def test_state_outside_of_keras_is_refused_without_a_graph() -> None:
     """X6: there the value tells."""
     template = keras.Sequential(

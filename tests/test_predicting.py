@@ -157,6 +157,28 @@ def test_callbacks_read_what_keras_gives(kind: type[Outputs]) -> None:
         check_same(mine, theirs)
 
 
+@pytest.mark.parametrize(
+    "hook", ["on_predict_begin", "on_predict_batch_begin", "on_predict_batch_end", "on_predict_end"]
+)
+def test_callbacks_call_the_function(hook: str) -> None:
+    """What they get is theirs, and the run does not take it for a batch of its own."""
+    template = Outputs()
+    parallel = wrapped(template)
+    template.make_predict_function()
+    parallel.make_predict_function()
+    x, calls = rows(7, 4), []
+
+    def call(*_: Any, logs: Any = None) -> None:
+        calls.append(parallel.predict_function([(x[:5],)]))
+
+    callback = keras.callbacks.Callback()
+    setattr(callback, hook, call)
+    found = parallel.predict(x, batch_size=4, verbose=0, callbacks=[callback])
+    check_same(found, template.predict(x, batch_size=4, verbose=0))
+    for each in calls:
+        check_same(each, template.predict_function([(x[:5],)]))
+
+
 def test_batches_of_other_lengths_become_ragged() -> None:
     template = keras.Sequential([keras.Input((None, 3)), keras.layers.Dense(2)])
     parallel = wrapped(template)

@@ -21,6 +21,10 @@ class _Array(np.ndarray[Any, Any]):
         return self
 
 
+_HOOKS = (
+    *("on_predict_begin", "on_predict_batch_begin"),
+    *("on_predict_batch_end", "on_predict_end"),
+)
 # No tensor: making one takes time, and it would not outlive TensorFlow's runtime.
 _NO_ROWS = np.empty(0).view(_Array)
 
@@ -85,10 +89,11 @@ class Predicting(threading.local):
         """Inside, a predict function leaves its outputs to the run.
 
         Args:
-            callbacks: Those of the run: one that may read the outputs gets them from Keras.
+            callbacks: Those of the run: one that may read the outputs, or that may call the
+                function itself, gets them from Keras.
         """
         run, outer = Run(), self.run
-        readers = any(map(_may_read, keras.tree.flatten(callbacks)))
+        readers = any(map(_takes_part, keras.tree.flatten(callbacks)))
         self.run = None if readers else run
         try:
             yield run
@@ -118,10 +123,8 @@ class Predicting(threading.local):
         return predict
 
 
-def _may_read(callback: Any) -> bool:
+def _takes_part(callback: Any) -> bool:
     if callback is None:
         return False
     base = keras.callbacks.Callback
-    return not isinstance(callback, base) or bool(
-        overrides(callback, ("on_predict_batch_end",), base)
-    )
+    return not isinstance(callback, base) or bool(overrides(callback, _HOOKS, base))

@@ -33,6 +33,9 @@ def name_of(template: keras.Model, handle: tf.Tensor) -> str:
                 getattr(value, "resource_handle", None) is handle
             ):
                 return f"{path!r} of layer {layer.name!r}"
+    # Asking makes one where there is none, so it comes last.
+    if tf.random.get_global_generator().state.handle is handle:
+        return "the generator of tf.random.get_global_generator()"
     return "something that no layer has as an attribute"
 
 
