@@ -12,35 +12,25 @@ copies of one trace disturb each other. The operations of its graph show that:
 | an assignment to what is no variable of Keras           | refused                              |
 | a change to a table                                     | refused                              |
 | a resource that calls wait for, in towers that talk     | refused                              |
-| what goes over the first axis, in layers of the user's  | the model is asked, and the log told |
-| numbers for each row, drawn from a constant seed        | the log is told                      |
 
-Most models do nothing of this, and the look is all that they pay.
+Most models do nothing of this, and the look is all that they pay. What is neither refused nor made
+right, as it may be meant so, is in `other_numbers.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from parallel_keras.graphs.function_bodies import Bodies
-from parallel_keras.graphs.graph import depends_on
-from parallel_keras.graphs.mixing import may_mix
-from parallel_keras.towers.naming import Names, Outside, name_of
-from parallel_keras.towers.needs import Needs, TraceAgain
-from parallel_keras.towers.recompute import values_are_known
-from parallel_keras.towers.saying import warn_once
+from parallel_keras.towers.naming import Outside, name_of
+from parallel_keras.towers.needs import TraceAgain
 from parallel_keras.towers.seeds import is_seed
-
-if TYPE_CHECKING:
-    from parallel_keras.towers.tower import Tower
+from parallel_keras.towers.trace import Trace
 
 _RANDOM = frozenset(
     {
@@ -65,68 +55,6 @@ _READS = frozenset(
 )  # fmt: skip
 _CHANGES_TABLE = ("LookupTableImportV2", "LookupTableInsertV2", "LookupTableRemoveV2")
 _ASSIGNS = ("Assign", "Resource", "Rng", "Stateful")
-
-
-@dataclasses.dataclass
-class Trace:
-    """A tower that was just traced.
-
-    Attributes:
-        graph: Its graph.
-        tower: The tower.
-        needs: What it was traced with.
-        given: What stood for each variable.
-        inner: The graphs of loops, branches and functions in which weights were read.
-        talks: Whether towers wait for each other in the middle.
-        alone: Whether there is one tower only.
-        jit: Whether XLA compiles it.
-    """
-
-    graph: Any
-    tower: Tower
-    needs: Needs
-    given: list[Any]
-    inner: list[Any]
-    talks: bool
-    alone: bool
-    jit: bool
-
-    def __post_init__(self) -> None:
-        """Reads the graph, once."""
-        self.bodies = Bodies(self.graph)
-        self.by_type: dict[str, list[tf.Operation]] = defaultdict(list)
-        for op in self.graph.get_operations():
-            self.by_type[op.type].append(op)
-
-    def nodes(self, kinds: frozenset[str]) -> Iterator[Any]:
-        """The `NodeDef`s of operations of some types, inside of functions, too."""
-        for kind in kinds & self.by_type.keys():
-            yield from (op.node_def for op in self.by_type[kind])
-        # Only what is stateful can hold something that is.
-        for kind in {"Case", "If", "StatefulPartitionedCall", "While"} & self.by_type.keys():
-            for op in self.by_type[kind]:
-                yield from (node for node in self.bodies.nodes(op) if node.op in kinds)
-
-    def captured(self) -> Iterator[tuple[tf.Tensor, list[str]]]:
-        """The handles that the tower was not given, and the types of operations that use them."""
-        stand_ins = [value for value in self.given if isinstance(value, tf.Variable)]
-        known = self.variables()
-        given = {id(value.handle) for value in stand_ins} - known.keys()
-        for outer, inner in self.graph.captures:
-            if inner.dtype == tf.resource and id(outer) not in given:
-                yield outer, list(self.bodies.users(inner))
-
-    def parts(self) -> list[tf.Tensor]:
-        """What the tower was given besides weights."""
-        others = {id(inner) for _, inner in self.graph.captures} | set(map(id, self.given))
-        given = [op.outputs[0] for op in self.by_type["Placeholder"]]
-        return [tensor for tensor in given if id(tensor) not in others]
-
-    def variables(self) -> dict[int, keras.Variable]:
-        """The variables that the tower knows, by the id of their handle."""
-        known = self.tower.variables
-        values = [(variable, variable.value) for variable in known]
-        return {id(v.handle): variable for variable, v in values if isinstance(v, tf.Variable)}
 
 
 def look_at(trace: Trace) -> None:
@@ -304,82 +232,9 @@ def _weights(trace: Trace) -> None:
     _read_as_variables(trace, [variable for variable in missing if variable.trainable])
 
 
-def _mixing(trace: Trace) -> None:
-    """Layers that look at several rows at once: no error, as it may be meant so, but said."""
-    if trace.alone:
-        return
-    names = Names(trace.tower.template)
-    parts = trace.parts()
-    found = (
-        op
-        for op, tensors in may_mix(trace.by_type, names.may_mix)
-        if any(depends_on(tensor, parts) for tensor in tensors)
-    )
-    op = next(found, None)
-    if op is None or not values_are_known():
-        return
-    joins = trace.tower.joins()
-    if joins and "mixed" not in joins:
-        return
-    layer = names.layer(op.name)
-    sure = (
-        "Other numbers than on one device: the outputs of %s for a batch are not those for its "
-        "parts, so it looks at several rows at once, likely in layer %r (%s), and each device has "
-        "only some of them. Compute it from the merged outputs, in the loss or in a train_step of "
-        "the model's own. parallel_keras.verify(parallel, batch) shows what differs."
-    )
-    unsure = (
-        "Maybe other numbers than on one device: %s may look at several rows at once in layer %r "
-        "(%s), of which each device has only some. It could not be tried on a few random rows. "
-        "parallel_keras.verify(parallel, batch) shows whether something differs."
-    )
-    warn_once(
-        trace.tower.template,
-        sure if joins else unsure,
-        trace.tower.template.name,
-        layer.name if layer is not None else "",
-        op.type,
-    )
-
-
-def _constant_seeds(trace: Trace) -> None:
-    """Random numbers for rows that are the same wherever they are drawn: said, as documented."""
-    if trace.alone:
-        return
-    seeded = trace.by_type["StatelessRandomGetKeyCounter"]
-    if not seeded:
-        return
-    parts = trace.parts()
-    rows = {tensor.shape[0] for tensor in parts if tensor.shape.rank} - {None}
-    given = [op.outputs[0] for op in trace.by_type["Placeholder"]]
-    for op in seeded:
-        if depends_on(op.inputs[0], given):
-            continue
-        draws = [user for user in op.outputs[0].consumers() if user.type.startswith("Stateless")]
-        by_rows = [
-            draw
-            for draw in draws
-            if draw.outputs[0].shape.rank != 0
-            and (depends_on(draw.inputs[0], parts) or draw.outputs[0].shape[:1][0] in rows)
-        ]
-        if by_rows:
-            layer = Names(trace.tower.template).layer(op.name)
-            warn_once(
-                trace.tower.template,
-                "Other numbers than on one device: %s draws random numbers for each row from a "
-                "constant seed (%s), so each device draws the same ones for its rows. Draw them "
-                "with a keras.random.SeedGenerator, which gives each device a stream of its own.",
-                f"layer {layer.name!r}" if layer is not None else trace.tower.template.name,
-                by_rows[0].type,
-            )
-            return
-
-
 _TABLE: tuple[Callable[[Trace], None], ...] = (
     _streams,
     look_for_hidden,
     _resources,
     _weights,
-    _mixing,
-    _constant_seeds,
 )

@@ -13,7 +13,7 @@ from absl import logging
 from parallel_keras import _compat
 from parallel_keras.graphs.graph import is_handle
 from parallel_keras.homes.plan import Homes
-from parallel_keras.towers import findings
+from parallel_keras.towers import findings, other_numbers
 from parallel_keras.towers.needs import Needs, TraceAgain
 from parallel_keras.towers.recompute import RecomputeScope
 from parallel_keras.towers.scope import Lent
@@ -21,6 +21,7 @@ from parallel_keras.towers.seeds import is_seed, started, stream_of
 
 if TYPE_CHECKING:
     from parallel_keras.towers.tower import Tower
+from parallel_keras.towers.trace import Trace
 from parallel_keras.towers.weights import read
 from parallel_keras.workers.message import AnyWorkers
 
@@ -111,11 +112,13 @@ class TowerFunction:
                     findings.look_for_hidden(self._trace_of(given, lent.inner_graphs))
                 raise
         if self._function is not None:
-            findings.look_at(self._trace_of(given, lent.inner_graphs))
+            trace = self._trace_of(given, lent.inner_graphs)
+            findings.look_at(trace)
+            other_numbers.tell(trace)
         return result
 
-    def _trace_of(self, given: list[Any], inner: list[Any]) -> findings.Trace:
-        return findings.Trace(
+    def _trace_of(self, given: list[Any], inner: list[Any]) -> Trace:
+        return Trace(
             graph=tf.compat.v1.get_default_graph(),
             tower=self._tower,
             needs=self._needs,
