@@ -17,9 +17,11 @@ JAX := .venv-jax
 TORCH := .venv-torch
 # CPU or GPU: what make bench puts its towers on.
 DEVICES ?= CPU
-# Two processes; a file's tests share what is costly to start, so they stay in one. Files begin in
-# the order of tests/sweeps.py, so that no long one begins last.
-SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+# How many processes run tests: one more than two cores, as some tests wait for what they start.
+PROCESSES ?= 3
+# A file's tests share what is costly to start, so they stay in one process. Files begin in the
+# order of tests/sweeps.py, so that no long one begins last.
+SIDE_BY_SIDE = -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 VERSIONS := .venv-versions
 # Only files with examples: two commands may define the same flag, but not in one process.
 EXAMPLES = $(shell grep -rl --include='*.py' '>>> ' parallel_keras)

@@ -129,7 +129,7 @@ def test_ways_to_look_up(how: str, loss_on: str, unknown: bool) -> None:
         assert_same_fit(bare, parallel, x, y, batch_size=6, epochs=2)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("how", ["positions", "positions of each row", "relative positions"])
 def test_sequences_of_any_length(how: str, loss_on: str) -> None:

@@ -117,7 +117,8 @@ def masked() -> keras.Model:
     return keras.Model(tokens, keras.layers.Dense(4)(hidden))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("weighted", [True, False])
 def test_masks_reach_the_loss(weighted: bool) -> None:
     x = rng().integers(0, 4, (10, 7)).astype("int32")
     y = rng(1).integers(0, 4, (10, 7))

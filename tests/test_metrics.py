@@ -34,7 +34,8 @@ def binary() -> keras.Model:
     return keras.Sequential([keras.Input((6,)), keras.layers.Dense(2, activation="sigmoid")])
 
 
-@pytest.mark.parametrize("seen_by_batch", [False, True])
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("seen_by_batch", [True, False])
 def test_metrics(seen_by_batch: bool) -> None:
     """N2, N6: https://github.com/tensorflow/tensorflow/issues/48152."""
 

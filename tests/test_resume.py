@@ -88,7 +88,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("towers", [2, 3])
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("towers", [3, 2])
 def test_resume_in_another_process(killed: Path, towers: int) -> None:
     """S3: https://github.com/keras-team/keras/issues/9197. Also on another number of devices."""
     unbroken = compiled()
@@ -149,6 +150,7 @@ def unbuilt() -> keras.Model:
     return model
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", list(SOURCES))
 def test_unbuilt_templates_are_built_before_a_backup_is_restored(kind: str, tmp_path: Path) -> None:
     """F4: https://github.com/tensorflow/tensorflow/issues/84027."""

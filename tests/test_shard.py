@@ -214,6 +214,7 @@ def without_sizes(value: Any) -> Any:
     return spec([None, *value.shape[1:]], value.dtype)
 
 
+@pytest.mark.rest
 @hypothesis.settings(deadline=None, max_examples=20)
 @hypothesis.given(nests())
 def test_merge_is_the_inverse_of_any_nest_of_unknown_size(case: tuple[Any, int, int]) -> None:

@@ -123,6 +123,7 @@ def deep(*layers: keras.layers.Layer, blocks: int = 10) -> keras.Model:
     return net(*found, *layers)
 
 
+@pytest.mark.rest
 def test_does_not_accuse_a_deep_net_of_rounding() -> None:
     found = verified(deep())
     assert found.equal, str(found)
@@ -277,7 +278,8 @@ def test_relative(one: Any, other: Any, size: float) -> None:
     assert relative(np.array(one), np.array(other)) == size
 
 
-@pytest.mark.parametrize(("synchronized", "code"), [(True, 0), (False, 1)])
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize(("synchronized", "code"), [(False, 1), (True, 0)])
 def test_command(synchronized: bool, code: int, tmp_path: Path) -> None:
     template = net(keras.layers.BatchNormalization(synchronized=synchronized, name="norm"))
     template.compile("adam", "mse")
