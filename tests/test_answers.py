@@ -135,7 +135,7 @@ def test_missing_names_tell_why() -> None:
     assert getattr(parallel, "nothing", 5) == 5
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies(how: Any) -> None:
     _, parallel = pair(mlp, 2, optimizer=lambda: keras.optimizers.Adam(0.01), loss="mse")

@@ -382,6 +382,7 @@ def test_unbuilt_masked_and_without_loss() -> None:
     assert explanation.why_merged == "there is no compiled loss"
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["towers", "merged"])
 def test_a_table_that_stays_where_it_is(loss_on: str) -> None:
     layers = [keras.Input((4,), dtype="int32"), keras.layers.Embedding(8192, 32)]

@@ -97,7 +97,7 @@ def recurrent() -> tuple[keras.Model, list[Callable[[], None]]]:
     ]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("towers", TOWERS)
 @pytest.mark.parametrize("build", [custom, of_keras, recurrent])
 def test_a_call_does_what_python_says_now(build: Any, towers: int) -> None:
@@ -196,7 +196,7 @@ class EagerOnly(keras.Model):
         return self.norm(y)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("towers", TOWERS)
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 def test_models_that_only_run_eagerly(loss_on: str, towers: int) -> None:

@@ -113,7 +113,7 @@ def test_position_tables(optimizer: str, loss_on: str) -> None:
     assert_same_fit(bare, parallel, x, y, batch_size=7, epochs=2)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("loss_on", "unknown"), [("merged", False), ("towers", True)])
 @pytest.mark.parametrize("how", WAYS)
 def test_ways_to_look_up(how: str, loss_on: str, unknown: bool) -> None:

@@ -87,7 +87,7 @@ class MetricsRead(Reads):
         return {**metrics, "size": tf.reduce_mean(self.encoder.hidden * y[:, :1])}
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", [Reads, StepReads, MetricsRead])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("towers", TOWERS)

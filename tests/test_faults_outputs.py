@@ -80,7 +80,7 @@ def test_what_can_be_merged(name: str) -> None:
             compared(template, pk.DataParallelModel(template, TOWERS), call, rows(size, 3))
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_merged(name: str) -> None:
     """X7: rows on another axis, all pairs of rows, and what is made of all of them."""

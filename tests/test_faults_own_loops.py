@@ -454,7 +454,7 @@ def texts(size: int) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices((TEXTS, LABELS)).batch(size)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("towers", TOWERS)
 @pytest.mark.parametrize("anew", [False, True])
 @pytest.mark.parametrize("kind", [Classifier, CausalLM])

@@ -89,7 +89,7 @@ def graphs() -> tf.data.Dataset:
     return data.apply(tf.data.experimental.assert_cardinality(2))
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("kind", [GraphNet, GraphNetWithSteps])

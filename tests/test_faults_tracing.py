@@ -147,7 +147,7 @@ LOOKING = [
 ]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("build", "loss_on"), LOOKING)
 def test_custom_gradients_find_weights(build: Callable[[], keras.Model], loss_on: str) -> None:
     """X5: a gradient that looks for variables found tensors, and trained none."""
@@ -294,7 +294,7 @@ class Compiled(keras.layers.Layer):
         return self.helper(x)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("layer", "loss_on", "called"),
     [
@@ -351,6 +351,7 @@ def test_traces_of_the_user_are_trained(loss_on: str) -> None:
     assert_same_fit(bare, parallel, data(), epochs=2)
 
 
+@pytest.mark.sweep(1)
 @since("3.9", "a TFSMLayer that is trained fails, on one device too")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 def test_saved_models_are_trained(loss_on: str, tmp_path: Path) -> None:

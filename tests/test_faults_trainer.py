@@ -75,7 +75,7 @@ class SecondByDefault(keras.Model):
         return y if mask is None else y * tf.cast(mask, y.dtype)[:, None]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("towers", TOWERS)
 @pytest.mark.parametrize("kind", [TrainingByDefault, KeywordOnly, NoDefault, NoTraining])
 def test_training_is_what_it_is_on_one_device(kind: Any, towers: int) -> None:
@@ -170,7 +170,7 @@ def dataset_without(x: Any, y: Any, size: int) -> tf.data.Dataset:
 
 
 @since("3.9", "an optional input that is left out fails, on one device too")
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("build", [True, False])
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])
 @pytest.mark.parametrize("source", ["arrays", "dataset"])
@@ -278,7 +278,7 @@ def test_legacy_files_are_laid_out_as_those_of_one_device(
 
 
 # Keras says so where it did not know how much data there is.
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("steps", [1, 3])
@@ -343,7 +343,7 @@ class CountsInItsLoss(CountsItself):
         return tf.reduce_mean(tf.square(y - y_pred))
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("kind", [CountsItself, CountsInItsLoss])
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("loss_on", ["auto", "merged"])

@@ -57,7 +57,7 @@ def load(path: str) -> keras.Model:
 FORMS = ["model.keras", "model.h5", "model", "model.weights.h5"]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("form", FORMS)
 def test_files_go_between_any_numbers_of_devices(form: str, tmp_path: Path) -> None:
     """S2: https://github.com/keras-team/keras/issues/8212. All 9 pairs, optimizer included."""

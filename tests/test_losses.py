@@ -58,7 +58,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str, weighted: bool) -> None:

@@ -48,7 +48,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name: str) -> None:
     """C10: https://github.com/tensorflow/tensorflow/issues/32960."""

@@ -30,7 +30,7 @@ def _sizes(towers: int) -> list[int]:
     return (sizes * 20)[: max(20, len(sizes))][::-1]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("towers", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])

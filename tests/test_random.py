@@ -70,7 +70,7 @@ def normalised(synchronized: bool) -> keras.Model:
     )
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("towers", [2, 3, 8])
 def test_synchronized_normalisation_is_exact(towers: int, loss_on: str) -> None:

@@ -54,7 +54,7 @@ def _state(model: keras.Model) -> list[keras.Variable]:
     return [*model.variables, *(variable for metric in metrics for variable in metric.variables)]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("sizes", [[8, 8], [10, 7], [3, 1]])
 def test_every_kind_of_state(sizes: list[int], known: bool) -> None:

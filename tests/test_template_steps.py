@@ -188,7 +188,7 @@ def both(case: str, towers: int) -> tuple[keras.Model, pk.DataParallelModel, tup
     return models[0], parallel, data
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("case", "towers"), [*((case, 4) for case in CASES), ("adversarial", 1), ("adversarial", 2)]
 )

@@ -105,6 +105,7 @@ EQUAL = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", EQUAL)
 def test_finds_nothing_where_nothing_is(name: str) -> None:
     found = verified(EQUAL[name](), metrics=["mae"])

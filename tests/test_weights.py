@@ -136,7 +136,7 @@ def reads(graph: tf.Graph, variable: keras.Variable) -> list[str]:
     ]
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss_on", ["towers", "merged"])
 @pytest.mark.parametrize("towers", [1, 3, 8])
@@ -152,7 +152,7 @@ def test_same_numbers(optimizer: str, loss_on: str, towers: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=RTOL, atol=ATOL)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss_on", ["towers", "merged"])
 @pytest.mark.parametrize("build", [twice, subclassed, normalised, conditional])
 def test_other_ways_to_read_a_table(build: Any, loss_on: str) -> None:
@@ -169,6 +169,7 @@ def test_a_table_that_is_looked_up_and_read_as_a_whole(loss_on: str) -> None:
     assert_same_fit(bare, parallel, ids(11), rows(11, WORDS), batch_size=7, epochs=2)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("dtype", "least"), [("int32", -WORDS), ("int64", -WORDS), ("uint8", 0), ("float32", 0)]
 )

@@ -179,7 +179,7 @@ def data(*, ids: bool = False) -> tf.data.Dataset:
     return batches(SIZES, x, rows(count, 3, seed=1))
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(3)
 @pytest.mark.usefixtures("links_between")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -206,7 +206,7 @@ def slots(optimizer: Any) -> list[tuple[keras.Variable, keras.Variable]]:
     ]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.usefixtures("links_between")
 @pytest.mark.parametrize("loss_on", ["merged", "towers"])
 @pytest.mark.parametrize("name", MODELS)
