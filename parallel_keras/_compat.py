@@ -17,6 +17,8 @@ from keras.src import backend as _backend
 from keras.src.backend.tensorflow import trainer as _trainer
 from keras.src.utils import io_utils as _io_utils
 from tensorflow.python.autograph.core import ag_ctx as _ag_ctx
+from tensorflow.python.autograph.core import config as _autograph_config
+from tensorflow.python.autograph.impl import api as _autograph_api
 from tensorflow.python.eager import context as _context
 from tensorflow.python.eager import record as _record
 from tensorflow.python.eager.polymorphic_function import autograph_util as _autograph
@@ -556,6 +558,43 @@ def inlined_functions() -> Iterator[None]:
         yield
     finally:
         _Inlining.add(-1)
+
+
+# --- AutoGraph ---
+
+
+def keep_from_autograph(package: str) -> None:
+    """Lets AutoGraph call what a package has as it is, as it does with Keras and TensorFlow.
+
+    Else the first call of a model in a `tf.function` of the user's translates all of this library,
+    which takes many times as long as tracing the model. The public `do_not_convert` also turns
+    AutoGraph off for what is called from there: for functions that a layer gives to `tf.map_fn`.
+    Goes when a package can say so of itself.
+
+    Args:
+        package: Its name.
+    """
+    rule = _autograph_config.DoNotConvert(package)
+    _autograph_config.CONVERSION_RULES = (rule, *_autograph_config.CONVERSION_RULES)
+
+
+def as_called_by_user(method: Any) -> Any:
+    """A method of the user's, translated by AutoGraph if the user's code that called us is.
+
+    Goes when `tf.autograph` says publicly whether the code that runs is translated.
+
+    Args:
+        method: Function or bound method.
+    """
+    return _autograph_api.tf_convert(method, autograph_here(), convert_by_default=False)
+
+
+def autograph_here() -> contextlib.AbstractContextManager[Any]:
+    """Whether AutoGraph translates what is called: inside of it that is so again.
+
+    A `tf.function` turns it off or on for what it traces, and so would a tower. Goes as above.
+    """
+    return _ag_ctx.control_status_ctx()
 
 
 # --- Random numbers ---

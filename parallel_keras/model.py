@@ -29,6 +29,8 @@ from parallel_keras.workers.agreement import check_same, facts_of
 from parallel_keras.workers.alone import Alone
 from parallel_keras.workers.connection import connect
 
+_compat.keep_from_autograph("parallel_keras")
+
 
 @keras.saving.register_keras_serializable(package="parallel_keras")
 class DataParallelModel(Answers, Files, Loops):

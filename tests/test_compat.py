@@ -591,3 +591,12 @@ def test_batches_of_other_sizes_are_joined_as_keras_does() -> None:
     assert type(joined) is type(expected)
     assert joined.shape.as_list() == expected.shape.as_list() == [3, None, 1]
     assert joined.dtype == expected.dtype
+
+
+def test_autograph_cannot_be_told_publicly_what_to_leave() -> None:
+    """Nor asked whether the code that runs is translated: tests/test_autograph.py is about both."""
+    public = {name for name in dir(tf.autograph) if not name.startswith("_")}
+    assert public == {"experimental", "set_verbosity", "to_code", "to_graph", "trace"}
+    public = {name for name in dir(tf.autograph.experimental) if not name.startswith("_")}
+    assert public == {"Feature", "do_not_convert", "set_loop_options"}
+    assert type(_compat.autograph_here()).__name__ == "ControlStatusCtx"

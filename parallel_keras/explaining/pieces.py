@@ -109,8 +109,12 @@ class Pieces:
     def _finds_out_whether_divided(self, data: Data) -> bool:
         if self.parallel.loss_path.reduction is None or not is_dense(data):
             return False
+
+        def results() -> Any:
+            return self._run(self.towers, data).run.results
+
         try:
-            tf.function(lambda: self._run(self.towers, data).run.results).get_concrete_function()
+            tf.function(results, autograph=False).get_concrete_function()
         except NeedsWholeBatch:
             return False
         return True

@@ -65,7 +65,7 @@ class TemplateSteps:
                 )
             weights = self._template.trainable_weights
             with self._homes.at_home(), at_home(weights, self._homes):
-                return getattr(self._template, step)(data)
+                return _compat.as_called_by_user(getattr(self._template, step))(data)
 
     def _call(
         self, model: keras.Model, original: Callable[..., Any], *args: Any, **kwargs: Any

@@ -61,6 +61,7 @@ class TowerFunction:
         self._jit = bool(options and options.get("jit_compile"))
         self._function = None if options is None else tf.function(self._trace, **options)
         self._themselves: list[tf.Variable | None] = []
+        self._autograph: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
     def __call__(self, given: list[Any], *rest: Any) -> Any:
         """Calls the body.
@@ -79,6 +80,7 @@ class TowerFunction:
         handed = [None if i in direct else value for i, value in enumerate(given)]
         # Under a tape, TensorFlow makes the function of the way back as soon as this one is called.
         again = contextlib.nullcontext() if self._alone else RecomputeScope(self._number or 0)
+        self._autograph = _compat.autograph_here()
         with again:
             return self._function(handed, *rest)
 
@@ -86,7 +88,7 @@ class TowerFunction:
         # What is read as itself is no argument: those who look for it look for itself.
         pairs = zip(self._themselves, handed, strict=True)
         given = [value if itself is None else itself for itself, value in pairs]
-        with stream_of(self._number or 0), _compat.inlined_functions():
+        with stream_of(self._number or 0), _compat.inlined_functions(), self._autograph:
             return self._pure(given, rest)
 
     def _untraced(self, given: list[Any], rest: Sequence[Any]) -> Any:
