@@ -593,10 +593,17 @@ def test_batches_of_other_sizes_are_joined_as_keras_does() -> None:
     assert joined.dtype == expected.dtype
 
 
-def test_autograph_cannot_be_told_publicly_what_to_leave() -> None:
+def test_autograph_cannot_be_told_publicly_what_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor asked whether the code that runs is translated: tests/test_autograph.py is about both."""
     public = {name for name in dir(tf.autograph) if not name.startswith("_")}
     assert public == {"experimental", "set_verbosity", "to_code", "to_graph", "trace"}
     public = {name for name in dir(tf.autograph.experimental) if not name.startswith("_")}
     assert public == {"Feature", "do_not_convert", "set_loop_options"}
-    assert type(_compat.autograph_here()).__name__ == "ControlStatusCtx"
+    with _compat.autograph_here() as here:
+        assert here.status.name == "UNSPECIFIED"
+    untranslated = _compat.as_called_by_user(lambda: _compat.autograph_here().status.name)
+    assert untranslated() == "UNSPECIFIED"
+    before = _compat._autograph_config.CONVERSION_RULES
+    monkeypatch.setattr(_compat._autograph_config, "CONVERSION_RULES", before)
+    _compat.keep_from_autograph("nothing_of_this_name")
+    assert _compat._autograph_config.CONVERSION_RULES[1:] == before
