@@ -213,3 +213,89 @@ def test_low_rank_updates_are_trained_and_saved(tmp_path: Path) -> None:
     parallel.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(again(X), parallel(X), rtol=RTOL, atol=ATOL)
+
+
+class OwnLoss(keras.Model):
+    """Methods of Keras' that users override, and call in loops of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = keras.layers.Dense(5, "tanh"), keras.layers.Dense(3)
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return self.last(self.first(x))
+
+    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, **kwargs: Any) -> Any:
+        loss = keras.ops.mean(keras.ops.abs(y - y_pred))
+        if loss > 0.1:
+            loss = 3 * loss
+        return loss
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        return {"own": keras.ops.sum(y_pred)}
+
+
+class OldLoss(OwnLoss):
+    """Written before Keras 3.3."""
+
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:
+        return super().compute_loss(x, y, y_pred)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("kind", [OwnLoss, OldLoss, keras.Model])
+def test_loops_of_the_users_ask_for_losses_and_metrics(kind: Any, traced: bool) -> None:
+    def build() -> keras.Model:
+        template = mlp() if kind is keras.Model else kind()
+        template(X)
+        return template
+
+    bare, parallel = pair(build, 3, optimizer="sgd", loss="mse", metrics=["mae"])
+
+    def step(model: keras.Model) -> Any:
+        outputs = model(X, training=True)
+        loss = model.compute_loss(x=X, y=Y, y_pred=outputs, sample_weight=None)
+        return loss, model.compute_metrics(X, Y, outputs)
+
+    # A function that was traced before may make no more variables.
+    runs = [tf.function(step) if traced else step for _ in range(2)]
+    expected, found = (run(model) for run, model in zip(runs, (bare, parallel), strict=True))
+    assert found[1].keys() == expected[1].keys()
+    values = [tf.nest.flatten(each) for each in (found, expected)]
+    np.testing.assert_allclose(*values, rtol=RTOL, atol=ATOL)
+
+
+class OnlyLast(OwnLoss):
+    """Says itself what is trained."""
+
+    compute_loss, compute_metrics = keras.Model.compute_loss, keras.Model.compute_metrics
+
+    @property
+    def trainable_weights(self) -> list[keras.Variable]:
+        return self.last.trainable_weights
+
+    @property
+    def trainable_variables(self) -> list[keras.Variable]:
+        return self.trainable_weights
+
+
+@pytest.mark.parametrize("loss_on", ["merged", "towers"])
+def test_templates_say_what_is_trained(loss_on: str) -> None:
+    def build() -> keras.Model:
+        template = OnlyLast()
+        template(X)
+        return template
+
+    bare, parallel = pair(build, 3, loss_on=loss_on, optimizer="adam", loss="mse")
+    assert len(parallel.trainable_variables) == 2
+    first = [v.numpy() for v in parallel.first.variables]
+    assert_same_fit(bare, parallel, X, Y, batch_size=7, epochs=2)
+    for old, new in zip(first, parallel.first.variables, strict=True):
+        np.testing.assert_array_equal(new.numpy(), old)
+
+
+def test_the_architecture_is_that_of_one_device() -> None:
+    template = mlp()
+    parallel = pk.DataParallelModel(template, 3)
+    assert parallel.to_json() == template.to_json()
+    assert type(keras.models.model_from_json(parallel.to_json())) is type(template)

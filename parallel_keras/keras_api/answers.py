@@ -8,7 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from parallel_keras import _compat
 from parallel_keras.nests import symbols
+from parallel_keras.steps.overriding import call_loss, overrides
 from parallel_keras.steps.wrapper import Wrapper
 
 # What Keras itself sets on the model that is compiled and trained.
@@ -18,11 +20,25 @@ _STOPS = ("stop_training", "stop_evaluating", "stop_predicting")
 _KEPT = (keras.layers.Layer, keras.metrics.Metric, keras.Variable, keras.optimizers.Optimizer)
 
 
+def _of_template(name: str) -> property:
+    """A property of Keras', or the template's where its class has made it its own."""
+    of_keras = getattr(keras.Model, name)
+
+    def get(model: Wrapper) -> Any:
+        template = vars(model).get("template")
+        if template is not None and overrides(template, (name,)):
+            return getattr(template, name)
+        return of_keras.fget(model)
+
+    return property(get, doc=of_keras.__doc__)
+
+
 class Answers(Wrapper):
     """Hands questions on to the template.
 
     It needs the template and the devices, and gives what people ask a model about itself: its
-    attributes, whether it is built and trainable, layers, metrics, summary, shapes of outputs.
+    attributes, whether it is built and trainable, layers, losses and metrics, summary, shapes of
+    outputs.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -111,6 +127,11 @@ class Answers(Wrapper):
     def trainable(self, value: bool) -> None:
         self.template.trainable = value
 
+    trainable_variables = _of_template("trainable_variables")
+    trainable_weights = _of_template("trainable_weights")
+    non_trainable_variables = _of_template("non_trainable_variables")
+    non_trainable_weights = _of_template("non_trainable_weights")
+
     @property
     def layers(self) -> list[keras.layers.Layer]:
         """The template's layers."""
@@ -127,6 +148,49 @@ class Answers(Wrapper):
             known = set(map(id, metrics))
             metrics += [metric for metric in of_wrapper if id(metric) not in known]
         return metrics
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """The loss of a whole batch, by the template's own method if it has one.
+
+        Args:
+            x: Inputs of the batch.
+            y: Targets.
+            y_pred: Outputs of this model, merged.
+            sample_weight: Weights of rows. Defaults to `None`.
+            training: Whether it is computed for training. Defaults to `True`.
+
+        Returns:
+            A tensor of rank 0.
+        """
+        given = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
+        if not overrides(self.template, ("compute_loss",)):
+            return super().compute_loss(**given, training=training)
+        compute = _compat.as_called_by_user(self.template.compute_loss)
+        return call_loss(compute, given, training=training)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Updates the metrics with a whole batch, by the template's own method if it has one.
+
+        Args:
+            x: Inputs of the batch.
+            y: Targets.
+            y_pred: Outputs of this model, merged.
+            sample_weight: Weights of rows. Defaults to `None`.
+
+        Returns:
+            A dict of the values of the metrics.
+        """
+        if not overrides(self.template, ("compute_metrics",)):
+            return super().compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        compute = _compat.as_called_by_user(self.template.compute_metrics)
+        return compute(x, y, y_pred, sample_weight=sample_weight)
 
     def get_layer(self, name: str | None = None, index: int | None = None) -> Any:
         """The template's layer of that name or index.

@@ -134,6 +134,17 @@ class Files(Wrapper):
                 arguments[name] = instead
         return cls(**arguments)
 
+    def to_json(self, **kwargs: Any) -> str:
+        """The template's architecture, which loads where this library does not exist.
+
+        Args:
+            **kwargs: As in `keras.Model.to_json`.
+
+        Returns:
+            A string.
+        """
+        return self.template.to_json(**kwargs)
+
     def get_compile_config(self) -> dict[str, Any] | None:
         """The template's compile arguments, serialised.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from parallel_keras.steps.building import (
     build_losses_and_metrics,
 )
 from parallel_keras.steps.loss_on_towers import LossStep, NeedsWholeBatch, StepResult
-from parallel_keras.steps.overriding import LEARNING, overridden_steps, overrides
+from parallel_keras.steps.overriding import LEARNING, call_loss, overridden_steps, overrides
 from parallel_keras.steps.penalties import Penalty, penalties, total
 from parallel_keras.steps.predicting import Predicting
 from parallel_keras.towers import losses
@@ -303,12 +302,8 @@ class Steps:
         return None if scale is one else scale
 
     def _loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool) -> Any:
-        # Overrides written before Keras 3.3 do not take `training`.
-        compute = self._model.compute_loss
-        extra = (
-            {"training": training} if "training" in inspect.signature(compute).parameters else {}
-        )
-        return compute(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **extra)
+        given = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
+        return call_loss(self._model.compute_loss, given, training=training)
 
     def _track(self, loss: tf.Tensor, rows: Any) -> None:
         """Updates the mean of the loss that Keras reports, weighted by rows as it does."""
@@ -318,4 +313,4 @@ class Steps:
                 return
 
     def _overrides(self, method: str) -> bool:
-        return bool(overrides(self._model, (method,)))
+        return bool(overrides(self._model, (method,), self._base))

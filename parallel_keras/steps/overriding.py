@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any, Final
 
 import keras
@@ -74,6 +76,21 @@ def overridden_steps(template: keras.Model) -> list[str]:
         A list of names.
     """
     return overrides(template, LEARNING)
+
+
+def call_loss(compute_loss: Any, given: Mapping[str, Any], *, training: bool) -> Any:
+    """Calls `compute_loss` of a model, also one that was written before Keras 3.3.
+
+    Args:
+        compute_loss: The method.
+        given: Inputs, targets, outputs and weights of rows, by the names of its arguments.
+        training: Whether it is for training, which older ones are not told.
+
+    Returns:
+        What it returns.
+    """
+    takes_training = "training" in inspect.signature(compute_loss).parameters
+    return compute_loss(**given, **({"training": training} if takes_training else {}))
 
 
 class Redirected:
