@@ -11,7 +11,15 @@ import tensorflow as tf
 
 import parallel_keras as pk
 from parallel_keras.towers import run
-from tests.parity import ATOL, RTOL, assert_same_fit, pair, rng, rows
+from tests.parity import (
+    ATOL,
+    RTOL,
+    assert_same_fit,
+    assert_same_variables,
+    pair,
+    rng,
+    rows,
+)
 
 STEPS, CLASSES = 6, 5
 
@@ -337,3 +345,40 @@ def test_a_call_while_another_thread_trains() -> None:
     template.train_on_batch(x, y)
     for one, other in zip(template.get_weights(), trained, strict=True):
         np.testing.assert_allclose(other, one, rtol=RTOL, atol=ATOL)
+
+
+class ByPhase(keras.layers.Layer):
+    """Does something else in training, which is a tensor, and looks at the batch."""
+
+    def build(self, shape: Any) -> None:
+        self.mean = self.add_weight(shape=shape[1:], initializer="zeros", trainable=False)
+
+    def call(self, x: tf.Tensor, training: Any = False) -> tf.Tensor:
+        phase = tf.cast(training, tf.bool)
+        mean = keras.ops.mean(x, axis=0)
+        self.mean.assign(tf.where(phase, 0.9 * self.mean + 0.1 * mean, self.mean))
+        self.add_loss(0.1 * keras.ops.mean(x**2))
+        return tf.cond(phase, lambda: 2 * x, lambda: x - self.mean)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_the_phase_is_a_tensor(traced: bool) -> None:
+    """Nobody can be asked then how a model joins its rows, before the step runs."""
+    template = keras.Sequential([keras.Input((4,)), ByPhase(), keras.layers.Dense(2)])
+    bare = keras.Sequential([keras.Input((4,)), ByPhase(), keras.layers.Dense(2)])
+    bare.set_weights(template.get_weights())
+    parallel = pk.DataParallelModel(template, 3)
+    signature = [tf.TensorSpec((None, 4)), tf.TensorSpec((), tf.bool)]
+    calls = [
+        tf.function(call, input_signature=signature) if traced else call
+        for call in (
+            lambda x, phase: bare(x, training=phase),
+            lambda x, phase: parallel(x, training=phase),
+        )
+    ]
+    for size, phase in ((7, True), (2, True), (7, False)):
+        theirs, mine = (call(tf.constant(rows(size, 4)), tf.constant(phase)) for call in calls)
+        np.testing.assert_allclose(mine, theirs, rtol=RTOL, atol=ATOL)
+        assert_same_variables(bare, parallel)
+        if not traced:
+            np.testing.assert_allclose(parallel.losses, bare.losses, rtol=RTOL, atol=ATOL)

@@ -153,6 +153,8 @@ class Tower:
         if self._called is None or not values_are_known():
             return []
         call, training = self._called
+        if tf.is_tensor(training):
+            return []  # Only the step that is traced will know it.
         masked = any(mask is not None for mask in keras.tree.flatten(call["masks"]))
         composite = any(
             tf.is_tensor(leaf) and not isinstance(leaf, tf.Tensor)
