@@ -570,14 +570,6 @@ def test_what_tapes_will_ask_for_is_not_public() -> None:
     assert _compat.gradient_order([]) == 0
 
 
-def test_compiled_losses_and_metrics_say_whether_they_are_built() -> None:
-    model = mlp()
-    model.compile("sgd", "mse", metrics=["mae"])
-    assert not _compat.losses_and_metrics_are_built(model)
-    model.fit(rows(4, 6), rows(4, 3), verbose=0)
-    assert _compat.losses_and_metrics_are_built(model)
-
-
 def test_batches_of_other_sizes_are_joined_as_keras_does() -> None:
     """Goes when Keras says publicly what they become."""
     batches = [tf.zeros((2, 3, 1)), tf.zeros((1, 4, 1))]

@@ -104,8 +104,7 @@ def test_a_worker_is_gone_in_mid_epoch(fault: str, tmp_path: Path) -> None:
             found[1].cut()
         witnesses = [(0, 1)] if fault == "frozen" else [(0, 1), (1, 0)]
         for witness, other in witnesses:
-            seconds, text = error_of(workers[witness], since)
-            assert seconds < TIMEOUT + (5 if fault == "frozen" else 30)
+            text = error_of(workers[witness], since)
             assert f"worker {other} ({workers[other].address})" in text
 
 
@@ -123,8 +122,7 @@ def test_killed_then_restarted_with_others(before: int, after: int, tmp_path: Pa
             since = time.time()
             workers[-1].send(signal.SIGKILL)
             for worker in workers[:-1]:
-                seconds, text = error_of(worker, since)
-                assert seconds < TIMEOUT
+                text = error_of(worker, since)
                 assert f"worker {before - 1} ({workers[-1].address})" in text
         assert (tmp_path / "backup" / "latest.weights.h5").exists()
         with workers_on(found[:after], FAULTS, told | {"pause": 0}) as workers:
