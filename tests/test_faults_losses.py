@@ -321,3 +321,52 @@ def test_terms_of_layers_that_keras_does_not_know_do_not_count() -> None:
     bare, parallel = pair(build, 3, loss="mse", optimizer="sgd")
     assert_same_fit(bare, parallel, rows(13, 6), rows(13, 2), batch_size=7)
     assert pk.DataParallelModel is type(parallel)
+
+
+class Traced(Adds):
+    """A call that is traced by itself, which Keras does not expect."""
+
+    call = tf.function(Adds.call)
+
+
+class AroundIt(keras.layers.Layer):
+    def __init__(self, inner: keras.layers.Layer) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @tf.function
+    def call(self, x: Any) -> Any:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_terms_that_one_device_loses_are_named(
+    nested: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They count on several towers, as they would without the `tf.function`."""
+
+    def term(x: Any) -> Any:
+        return OPS.mean(x**2)
+
+    def traced() -> keras.layers.Layer:
+        return AroundIt(Adds(term)) if nested else Traced(term)
+
+    def build() -> keras.Model:
+        return chain(lambda: keras.layers.Dense(3, activation="tanh"), traced)
+
+    def loss_of(model: keras.Model) -> float:
+        caplog.clear()
+        return float(model.train_on_batch(rows(7, 6), rows(7, 2, seed=1)))
+
+    def said() -> list[str]:
+        return [text for text in caplog.messages if "add_loss inside of a tf.function" in text]
+
+    bare, alone = pair(build, 1, optimizer="sgd", loss="mse")
+    assert loss_of(alone) == pytest.approx(loss_of(bare), rel=1e-5)
+    untraced, _ = pair(adds(term), 3, optimizer="sgd", loss="mse")
+    _, parallel = pair(build, 3, optimizer="sgd", loss="mse")
+    expected = loss_of(untraced)
+    assert not said()
+    assert loss_of(parallel) == pytest.approx(expected, rel=1e-5)
+    assert len(said()) == 1
+    assert ("adds" if nested else "traced") in said()[0]

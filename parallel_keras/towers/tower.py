@@ -184,7 +184,27 @@ class Tower:
                 several = scope.several and source == "add_loss" and not term.shape.rank
                 kind = self._kind_of_term(layers[owner], count) if several else source
                 found.setdefault(f"{kind}/{owner}", []).append(term)
+        if found:
+            self._tell_of_lost_terms(layers, {int(key.split("/")[1]) for key in found})
         return found
+
+    def _tell_of_lost_terms(self, layers: list[keras.layers.Layer], owners: set[int]) -> None:
+        """Tells of terms that Keras loses: the trace of a layer's call keeps no `add_loss`."""
+        for outer in layers:
+            if not hasattr(outer.call, "get_concrete_function"):
+                continue
+            inside = set(map(id, _compat.all_layers(outer)))
+            for owner in sorted(owners):
+                if id(layers[owner]) in inside:
+                    warn_once(
+                        layers[owner],
+                        "Other numbers than on one device: layer %s calls add_loss inside of a "
+                        "tf.function, the call of %r. On one device Keras loses such a term once "
+                        "that is traced; here it counts. Take off the @tf.function: Keras traces "
+                        "the whole step anyway.",
+                        layers[owner].path,
+                        outer.name,
+                    )
 
     def _kind_of_term(self, layer: keras.layers.Layer, count: int) -> str:
         """Whether a layer's term is a sum over rows, or what was declared of such terms."""
