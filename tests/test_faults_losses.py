@@ -329,6 +329,10 @@ class Traced(Adds):
     call = tf.function(Adds.call)
 
 
+class TracedDense(keras.layers.Dense):
+    call = tf.function(keras.layers.Dense.call)
+
+
 class AroundIt(keras.layers.Layer):
     def __init__(self, inner: keras.layers.Layer) -> None:
         super().__init__()
@@ -361,6 +365,15 @@ def test_terms_that_one_device_loses_are_named(
     def said() -> list[str]:
         return [text for text in caplog.messages if "add_loss inside of a tf.function" in text]
 
+    def regularised() -> keras.Model:
+        return chain(
+            lambda: keras.layers.Dense(3), lambda: TracedDense(3, activity_regularizer="l2")
+        )
+
+    # Keras adds that of an activity regulariser outside of the call.
+    bare, parallel = pair(regularised, 3, optimizer="sgd", loss="mse")
+    assert loss_of(parallel) == pytest.approx(loss_of(bare), rel=1e-5)
+    assert not said()
     bare, alone = pair(build, 1, optimizer="sgd", loss="mse")
     assert loss_of(alone) == pytest.approx(loss_of(bare), rel=1e-5)
     untraced, _ = pair(adds(term), 3, optimizer="sgd", loss="mse")

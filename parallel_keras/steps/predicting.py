@@ -21,10 +21,7 @@ class _Array(np.ndarray[Any, Any]):
         return self
 
 
-_HOOKS = (
-    *("on_predict_begin", "on_predict_batch_begin"),
-    *("on_predict_batch_end", "on_predict_end"),
-)
+_HOOKS = tuple(f"on_predict_{when}" for when in ("begin", "batch_begin", "batch_end", "end"))
 # No tensor: making one takes time, and it would not outlive TensorFlow's runtime.
 _NO_ROWS = np.empty(0).view(_Array)
 

@@ -18,12 +18,12 @@ from parallel_keras.towers.needs import Needs, TraceAgain
 from parallel_keras.towers.recompute import RecomputeScope
 from parallel_keras.towers.scope import Lent
 from parallel_keras.towers.seeds import is_seed, started, stream_of
-
-if TYPE_CHECKING:
-    from parallel_keras.towers.tower import Tower
 from parallel_keras.towers.trace import Trace
 from parallel_keras.towers.weights import read
 from parallel_keras.workers.message import AnyWorkers
+
+if TYPE_CHECKING:
+    from parallel_keras.towers.tower import Tower
 
 Body = Callable[..., Any]
 

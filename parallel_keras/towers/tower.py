@@ -184,15 +184,14 @@ class Tower:
                 several = scope.several and source == "add_loss" and not term.shape.rank
                 kind = self._kind_of_term(layers[owner], count) if several else source
                 found.setdefault(f"{kind}/{owner}", []).append(term)
-        if found:
-            self._tell_of_lost_terms(layers, {int(key.split("/")[1]) for key in found})
+        added = [key for key in found if not key.startswith("activity/")]
+        self._tell_of_lost_terms(layers, {int(key.partition("/")[2]) for key in added})
         return found
 
     def _tell_of_lost_terms(self, layers: list[keras.layers.Layer], owners: set[int]) -> None:
         """Tells of terms that Keras loses: the trace of a layer's call keeps no `add_loss`."""
-        for outer in layers:
-            if not hasattr(outer.call, "get_concrete_function"):
-                continue
+        traced = [one for one in layers if hasattr(one.call, "get_concrete_function")]
+        for outer in traced:
             inside = set(map(id, _compat.all_layers(outer)))
             for owner in sorted(owners):
                 if id(layers[owner]) in inside:
